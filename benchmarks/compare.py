@@ -1,0 +1,196 @@
+"""Train one scene with several methods, side by side, and write what each run gave.
+
+    python benchmarks/compare.py --scene DIR --steps 15000 --seeds 42 43
+
+Every run is a fresh process (``run_one.py``). The file in ``docs/results/`` is written after each
+run, so an interrupted call loses only the run it was in; the same call with ``--append FILE`` goes
+on from there. ``report.py`` turns the files into ``docs/benchmarks.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
+    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks import machine as machine_info
+from benchmarks import overrides, results, tables
+from benchmarks.children import Files, Outcome, run_all, tail
+from benchmarks.plan import CompareArgs, PlanError, RunSpec
+from benchmarks.results import Comparison, Run
+from benchmarks.scene import SceneError, dataparser_arguments
+
+RESULTS = machine_info.ROOT / "docs" / "results"
+USER_ERRORS = (
+    PlanError,
+    SceneError,
+    overrides.OverrideError,
+    machine_info.MachineError,
+    results.ResultsError,
+)
+RUN_ONE = Path(__file__).resolve().with_name("run_one.py")
+
+Command = Callable[[RunSpec, Files], list[str]]
+
+
+def child_command(args: CompareArgs) -> Command:
+    """What starts a run: ``run_one.py`` with the same interpreter."""
+
+    def command(spec: RunSpec, files: Files) -> list[str]:
+        words = [sys.executable, str(RUN_ONE), "--method", spec.method]
+        words += ["--scene", str(args.scene), "--steps", str(args.steps), "--seed", str(spec.seed)]
+        words += ["--engine", spec.engine] if spec.engine else []
+        words += ["--result", str(files.result), "--progress", str(files.progress)]
+        words += ["--scratch", str(args.logs / "placeholder")]
+        words += ["--overrides", *spec.overrides] if spec.overrides else []
+        if args.dataparser_overrides:
+            words += ["--dataparser-overrides", *args.dataparser_overrides]
+        if args.save_images is not None:
+            words += ["--save-images", str(args.save_images), "--images", str(args.images)]
+            words += ["--name", f"{args.scene_name}-{spec.label}"]
+        return words
+
+    return command
+
+
+def open_comparison(args: CompareArgs) -> tuple[Comparison, Comparison]:
+    """The file to add to, and this call as a comparison without runs.
+
+    They are the same object unless ``--append`` names a file that already exists.
+    """
+    call = Comparison(
+        scene=args.scene_name,
+        steps=args.steps,
+        overrides=overrides.common(list(args.overrides)),
+        dataparser=dataparser_arguments(args.scene, list(args.dataparser_overrides)),
+        machine=machine_info.describe_apart(),
+        commit=machine_info.commit(args.commit),
+        command=args.command(),
+    )
+    if args.append is None:
+        return call, call
+    present = results.load(args.append)
+    present.check_compatible(call, args.allow_mixed)
+    present.add_command(call.command)
+    return present, call
+
+
+def output_path(args: CompareArgs) -> Path:
+    """Where the file goes; an existing one is only ever appended to."""
+    path = args.output or args.append
+    if path is None:
+        date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+        path = RESULTS / f"{args.scene_name}-{args.steps}-{date}.json"
+    if path.exists() and (args.append is None or path.resolve() != args.append.resolve()):
+        raise PlanError(f"{path} exists: add to it with --append, or name another --output")
+    return path
+
+
+def to_run(comparison: Comparison, call: Comparison, spec: RunSpec, parallel: int) -> Run:
+    """The run of ``spec``, nothing measured yet."""
+    return Run(
+        method=spec.method,
+        engine=spec.engine,
+        seed=spec.seed,
+        overrides=list(spec.overrides),
+        commit=call.commit,
+        parallel=parallel,
+        machine=None if call.machine == comparison.machine else call.machine,
+    )
+
+
+def compare(args: CompareArgs, console: Console, command: Command | None = None) -> int:
+    """Do the missing runs and write the file. Returns how many runs failed."""
+    args.check()
+    path = output_path(args)
+    comparison, call = open_comparison(args)
+
+    todo = []
+    for spec in args.runs():
+        present = comparison.find(to_run(comparison, call, spec, 1).identity())
+        if present is not None and present.settles(timed=args.parallel == 1):
+            console.print(f"{spec.label} is in the file already")
+        else:
+            todo.append(spec)
+    parallel = min(args.parallel, max(1, len(todo)))
+    failed = 0
+
+    def on_done(outcome: Outcome) -> None:
+        nonlocal failed
+        run = dataclasses.replace(
+            to_run(comparison, call, outcome.spec, parallel), **outcome.measured
+        )
+        if parallel > 1:  # they shared the machine: these would be no timings
+            run.it_per_s_last_1000 = run.timed_steps = run.wall_s = None
+        comparison.add(run)
+        results.save(comparison, path)
+        minutes = f"{outcome.seconds / 60:.1f} min"
+        if run.error is None:
+            console.print(f"finished {outcome.spec.label} after {minutes}: PSNR {run.psnr:.2f}")
+        else:
+            failed += 1
+            console.print(f"[bold red]failed[/] {outcome.spec.label} after {minutes}:")
+            console.print(escape(tail(outcome.log) or run.error), highlight=False)
+
+    run_all(
+        specs=todo,
+        command=command or child_command(args),
+        folder=args.logs,
+        steps=args.steps,
+        parallel=parallel,
+        timeout=args.timeout,
+        console=console,
+        on_done=on_done,
+    )
+    results.save(comparison, path)
+    print_tables(comparison, console)
+    console.print(f"written to {escape(str(path))}")
+    return failed
+
+
+def print_tables(comparison: Comparison, console: Console) -> None:
+    """Both tables and the failures."""
+    console.print(f"{comparison.scene}, {comparison.steps:,} steps", style="bold")
+    console.print(escape(tables.describe_machine(comparison.machine)), highlight=False)
+    for text in (tables.run_table(comparison), tables.summary_table(comparison)):
+        table = Table(*[escape(column) for column in text.columns])
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in text.rows:
+            table.add_row(*[escape(cell) for cell in row])
+        console.print(table)
+    for sentence in tables.failures(comparison):
+        console.print(f"[bold red]failed[/] {escape(sentence)}", highlight=False)
+
+
+def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)
+
+
+def main() -> int:
+    """The command line. Exit status 1 when a run failed, 2 when nothing was started."""
+    args = tyro.cli(CompareArgs, description=__doc__)
+    console = Console()
+    # A time limit ends this process with SIGTERM: leave through the code that ends the children.
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    try:
+        return 1 if compare(args, console) else 0
+    except USER_ERRORS as error:
+        console.print(f"[bold red]compare:[/] {escape(str(error))}", highlight=False)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

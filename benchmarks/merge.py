@@ -1,0 +1,54 @@
+"""Join comparison files that were measured separately into one.
+
+python benchmarks/merge.py docs/results/a.json docs/results/b.json --output docs/results/ab.json
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
+    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
+
+import tyro
+
+from benchmarks import results
+
+
+@dataclass
+class MergeArgs:
+    """Join comparison files of the same scene, steps and settings."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """The first one's machine and commit become the file's."""
+    output: Path
+    """File to write; it may be one of the files."""
+    allow_mixed: bool = False
+    """Join runs of different commits or machines; each run says its own."""
+
+
+def merge(args: MergeArgs) -> None:
+    """Write the joined file."""
+    if not args.files:
+        raise results.ResultsError("name the files to join")
+    joined = results.load(args.files[0])
+    for path in args.files[1:]:
+        joined.merge(results.load(path), args.allow_mixed)
+    results.save(joined, args.output)
+
+
+def main() -> int:
+    """The command line."""
+    try:
+        merge(tyro.cli(MergeArgs, description=__doc__))
+    except results.ResultsError as error:
+        print(f"merge: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

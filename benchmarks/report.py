@@ -1,0 +1,144 @@
+"""Write ``docs/benchmarks.md`` from ``docs/results/*.json``; ``--check`` only compares.
+
+python benchmarks/report.py [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
+    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
+
+import tyro
+
+from benchmarks import results, tables
+from benchmarks.results import Comparison
+from benchmarks.tables import TextTable
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEAD = """\
+<!-- Written by benchmarks/report.py from docs/results/*.json. Do not edit. -->
+
+# Benchmarks
+
+Splatfacto and gsscale on the same scene, the same machine, the same settings. Every number on this
+page is read from the files in [`results/`](results); `python benchmarks/report.py` writes the page.
+"""
+
+EMPTY = """
+There are no results yet. `python benchmarks/compare.py --scene DIR --steps N` makes the first.
+"""
+
+LEGEND = """
+- **PSNR**, **SSIM**: means over the images held out from training, as Nerfstudio evaluates them.
+- **it/s**: over the last 1000 steps (the last half of a shorter run), with the GPU's queue empty at
+  both ends.
+- **wall s**: all training steps, loading the images included, without set-up and evaluation.
+- **GPU GB**: peak of torch's allocated tensors from set-up to the last step (10^9 bytes), the
+  cached images included; *reserved* is what the allocator held. The CUDA context comes on top.
+- **host GB**: peak resident memory of the process up to the last step.
+- **±**: standard deviation over seeds.
+"""
+
+
+@dataclass
+class ReportArgs:
+    """Write docs/benchmarks.md from docs/results/*.json."""
+
+    check: bool = False
+    """Write nothing; exit with status 1 if the page is not what the files give."""
+    results: Path = ROOT / "docs" / "results"
+    """Folder with the comparison files."""
+    page: Path = ROOT / "docs" / "benchmarks.md"
+    """The page."""
+
+
+def page(folder: Path) -> str:
+    """The whole page. JSON files of another kind in the folder are not ours."""
+    files = [path for path in sorted(folder.glob("*.json")) if results.is_comparison(path)]
+    comparisons = [(path, results.load(path)) for path in files]
+    comparisons.sort(key=lambda pair: (pair[1].scene, pair[1].steps, pair[0].name))
+    if not comparisons:
+        return HEAD + EMPTY
+    sections = [section(path.name, comparison) for path, comparison in comparisons]
+    return HEAD + LEGEND + "".join(sections)
+
+
+def section(name: str, comparison: Comparison) -> str:
+    """One comparison: where it comes from, the summary, the runs."""
+    lines = ["", f"## {comparison.scene}, {comparison.steps:,} steps", ""]
+    lines += [f"- Machine: {_escape(tables.describe_machine(comparison.machine))}"]
+    lines += [f"- Commit: `{comparison.commit}`"]
+    if comparison.overrides:
+        lines += ["- Settings of all methods: " + ", ".join(f"`{o}`" for o in comparison.overrides)]
+    lines += [f"- Data: `{' '.join(comparison.dataparser)}`; {_held_out(comparison)}"]
+    lines += [f"- File: [`{name}`](results/{name})", "", "```sh", comparison.command, "```", ""]
+    lines += markdown(tables.summary_table(comparison))
+    lines += ["", "Every run:", ""]
+    lines += markdown(tables.run_table(comparison))
+    failed = tables.failures(comparison)
+    if failed:
+        lines += ["", "Failed:", "", *[f"- {_escape(sentence)}" for sentence in failed]]
+    notes = _notes(comparison)
+    return "\n".join([*lines, *notes, ""])
+
+
+def markdown(table: TextTable) -> list[str]:
+    """A table in Markdown, numbers to the right."""
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    rows = [table.columns, rule, *[[_escape(cell) for cell in row] for row in table.rows]]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _held_out(comparison: Comparison) -> str:
+    counts = sorted({run.held_out_images for run in comparison.runs if run.held_out_images})
+    return f"{' or '.join(map(str, counts)) or 'unknown number of'} held-out images"
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What a reader must know about single runs."""
+    notes = []
+    parallel = max((run.parallel for run in comparison.runs), default=1)
+    if parallel > 1:
+        notes.append(f"Runs without it/s shared the machine, up to {parallel} at a time.")
+    for machine in {tables.describe_machine(r.machine) for r in comparison.runs if r.machine}:
+        notes.append(f"Some runs were made on another machine: {machine}.")
+    return ["", *[_escape(note) for note in sorted(notes)]] if notes else []
+
+
+def _escape(text: str) -> str:
+    """A bar would end a table's cell, a line break its row."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def report(args: ReportArgs) -> int:
+    """Write or check the page. Returns the exit status."""
+    text = page(args.results)
+    if not args.check:
+        results.write_text(args.page, text)
+        return 0
+    present = args.page.read_text(encoding="utf-8") if args.page.is_file() else None
+    if present == text:
+        return 0
+    print(
+        f"{args.page} is not what {args.results} gives: run python benchmarks/report.py",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def main() -> int:
+    """The command line."""
+    try:
+        return report(tyro.cli(ReportArgs, description=__doc__))
+    except results.ResultsError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

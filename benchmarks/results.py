@@ -1,0 +1,184 @@
+"""The comparison file: what was measured, on what, by which command.
+
+One comparison is one JSON file: a scene, a number of steps, the settings that every method got, and
+a list of runs. :class:`Comparison` decides which runs may share a file and which one replaces
+which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+KIND = "comparison"
+"""Value of the ``kind`` key: other JSON files may lie in the same folder."""
+
+
+class ResultsError(RuntimeError):
+    """A file that can't be used, or runs that must not share one; the message says what to do."""
+
+
+@dataclass
+class Run:
+    """One training and its evaluation on the held-out images. ``None`` means not measured."""
+
+    method: str
+    engine: str | None
+    seed: int
+    overrides: list[str]
+    """Every setting that differs from the method's default, common and method-specific."""
+    commit: str
+    psnr: float | None = None
+    """Mean over the held-out images, in dB."""
+    ssim: float | None = None
+    held_out_images: int | None = None
+    gaussians: int | None = None
+    it_per_s_last_1000: float | None = None
+    timed_steps: int | None = None
+    """Steps behind ``it_per_s_last_1000``: 1000, or half of a run shorter than 2000."""
+    wall_s: float | None = None
+    """First step's start (images are loaded there) to the last step's end."""
+    peak_gpu_allocated_bytes: int | None = None
+    peak_gpu_reserved_bytes: int | None = None
+    peak_host_bytes: int | None = None
+    parallel: int = 1
+    """Runs that shared the machine; above 1 nothing was timed."""
+    machine: dict[str, Any] | None = None
+    """Only where it is not the file's."""
+    error: str | None = None
+
+    def identity(self) -> tuple[Any, ...]:
+        """Two runs with the same identity answer the same question."""
+        machine = json.dumps(self.machine, sort_keys=True)
+        return (self.method, self.engine, self.seed, tuple(self.overrides), self.commit, machine)
+
+    def settles(self, timed: bool) -> bool:
+        """Whether this run needs no repetition, where ``timed`` says that timings are wanted."""
+        return self.error is None and (self.it_per_s_last_1000 is not None or not timed)
+
+
+@dataclass
+class Comparison:
+    """All runs of one scene at one number of steps under the same common settings."""
+
+    scene: str
+    steps: int
+    overrides: list[str]
+    """The settings given to every method."""
+    dataparser: list[str]
+    """The dataparser subcommand and its arguments."""
+    machine: dict[str, Any]
+    commit: str
+    command: str
+    """One line for each call that added runs; the scene's path is cut to its name."""
+    runs: list[Run] = field(default_factory=list)
+
+    def check_compatible(self, other: Comparison, allow_mixed: bool = False) -> None:
+        """Raise unless the runs of ``other`` may be added to this file.
+
+        Another commit or machine is refused unless ``allow_mixed``; other work never fits.
+        """
+        keys = ["scene", "steps", "overrides", "dataparser"]
+        keys += [] if allow_mixed else ["commit", "machine"]
+        for key in keys:
+            mine, theirs = getattr(self, key), getattr(other, key)
+            if mine != theirs:
+                remedy = "write another file"
+                if key in ("commit", "machine"):
+                    remedy += ", or pass --allow-mixed and each run keeps its own"
+                raise ResultsError(
+                    f"the file's {key} is {mine!r}, the new runs' is {theirs!r}: {remedy}"
+                )
+
+    def find(self, identity: tuple[Any, ...]) -> Run | None:
+        """The run with this identity, if the file has it."""
+        return next((run for run in self.runs if run.identity() == identity), None)
+
+    def add(self, run: Run) -> None:
+        """Add ``run``; it replaces one with the same identity unless that one says more."""
+        present = self.find(run.identity())
+        if present is None:
+            self.runs.append(run)
+            return
+        loses_timing = present.settles(timed=True) and not run.settles(timed=True)
+        if not (present.error is None and (run.error is not None or loses_timing)):
+            self.runs[self.runs.index(present)] = run
+
+    def merge(self, other: Comparison, allow_mixed: bool = False) -> None:
+        """Take over the runs of ``other``; each keeps its commit, and its machine if it differs."""
+        self.check_compatible(other, allow_mixed)
+        for run in other.runs:
+            machine = other.machine if run.machine is None else run.machine
+            self.add(dataclasses.replace(run, machine=None if machine == self.machine else machine))
+        self.add_command(other.command)
+
+    def add_command(self, command: str) -> None:
+        """Append the lines of ``command`` that the file doesn't have."""
+        lines = self.command.splitlines()
+        lines += [line for line in command.splitlines() if line not in lines]
+        self.command = "\n".join(lines)
+
+
+def to_json(comparison: Comparison) -> str:
+    """The file's text. Keys that say nothing new (``machine`` of a run) are left out."""
+    data = dataclasses.asdict(comparison)
+    for run in data["runs"]:
+        for key in ("machine", "error"):
+            if run[key] is None:
+                del run[key]
+    return json.dumps({"kind": KIND, **data}, indent=1, allow_nan=False) + "\n"
+
+
+def from_json(text: str, name: str) -> Comparison:
+    """The inverse of :func:`to_json`; ``name`` is for the error message."""
+    try:
+        data = json.loads(text)
+        if data.pop("kind", None) != KIND:
+            raise ResultsError(f"{name} is no comparison: its 'kind' is not {KIND!r}")
+        runs = [Run(**run) for run in data.pop("runs")]
+        return Comparison(runs=runs, **data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ResultsError(f"{name} is no comparison file: {error}") from error
+
+
+def load(path: Path) -> Comparison:
+    """Read a comparison file."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a JSON file calls itself a comparison."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
+    return isinstance(data, dict) and data.get("kind") == KIND
+
+
+def save(comparison: Comparison, path: Path) -> None:
+    """Write the file under a temporary name and rename it: never half a file."""
+    write_text(path, to_json(comparison))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` with ``text`` in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 is not for a file that goes into the repository
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

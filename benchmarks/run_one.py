@@ -1,0 +1,135 @@
+"""One training and its evaluation, in this process, as ``ns-train`` would do it.
+
+``compare.py`` starts this file once for every run; alone it prints one run as a line of JSON.
+Differences to ``ns-train``: no evaluation and no checkpoint, during training or at its end, and
+random LPIPS weights where the real ones are missing (LPIPS is never reported).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
+    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
+
+import tyro
+
+from benchmarks.progress import ProgressFile
+
+
+@dataclass
+class RunArgs:
+    """Train one method on one scene, evaluate it, print what was measured."""
+
+    method: str
+    """Nerfstudio method."""
+    scene: Path
+    """Folder with a transforms.json or with a COLMAP model in sparse/0."""
+    steps: int
+    """Training steps."""
+    seed: int = 42
+    """Random seed."""
+    engine: str | None = None
+    """Engine of gsscale."""
+    overrides: tuple[str, ...] = ()
+    """Settings as name=value."""
+    dataparser_overrides: tuple[str, ...] = ()
+    """Settings of the dataparser as name=value."""
+    result: Path | None = None
+    """File for the measurements."""
+    progress: Path | None = None
+    """File that tells how far the run is."""
+    scratch: Path | None = None
+    """Folder for the LPIPS placeholder, shared between runs."""
+    save_images: Path | None = None
+    """Folder for JPEGs of held-out views."""
+    images: int = 3
+    """Held-out views to save."""
+    name: str = "run"
+    """First part of the images' names."""
+
+
+def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
+    """Do the run. Returns the measured fields of :class:`benchmarks.results.Run`."""
+    from nerfstudio.scripts import train as ns_train
+    from nerfstudio.utils import profiler
+
+    from benchmarks import images, ns_config
+    from benchmarks.meter import TrainingMeter
+    from benchmarks.offline import ensure_lpips_backbone
+
+    arguments = ns_config.train_arguments(
+        method=args.method,
+        scene=args.scene,
+        steps=args.steps,
+        seed=args.seed,
+        engine=args.engine,
+        overrides=list(args.overrides),
+        dataparser_overrides=list(args.dataparser_overrides),
+        output_dir=output_dir,
+    )
+    print("ns-train", *arguments, flush=True)
+    config = ns_config.parse(arguments)
+    config.save_config()
+    ensure_lpips_backbone(args.scratch or output_dir)
+
+    progress = ProgressFile(args.progress, args.steps)
+    progress.phase("setting up", 0)
+    meter = TrainingMeter(args.steps, config.machine.device_type == "cuda", progress.step)
+    ns_train._set_random_seed(config.machine.seed)
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    if not len(trainer.pipeline.datamanager.eval_dataset):
+        raise RuntimeError("the scene has no held-out image; try eval-mode=interval")
+    trainer.callbacks.append(meter.callback())
+    # The final checkpoint (13 GB for 20 M Gaussians) is not wanted and lies behind the last
+    # measured step; its other steps, among them the AFTER_TRAIN callbacks, stay.
+    trainer.save_checkpoint = lambda step: None
+    meter.start()
+    trainer.train()
+    profiler.flush_profiler(config.logging)
+    if meter.result is None:
+        raise RuntimeError(f"training ended before step {args.steps}")
+
+    progress.phase("evaluating", args.steps)
+    pipeline = trainer.pipeline
+    metrics = pipeline.get_average_eval_image_metrics(step=args.steps)
+    for key in ("psnr", "ssim"):
+        if not math.isfinite(metrics[key]):
+            raise RuntimeError(f"{key} on the held-out images is {metrics[key]}")
+    if args.save_images is not None:
+        images.save_views(pipeline, args.save_images, args.name, args.images)
+    return {
+        "psnr": metrics["psnr"],
+        "ssim": metrics["ssim"],
+        "held_out_images": len(pipeline.datamanager.eval_dataset),
+        "gaussians": int(pipeline.model.num_points),
+        **meter.result,
+    }
+
+
+def main(args: RunArgs) -> int:
+    """Measure, write the result file, print it as one line. Returns the exit status."""
+    with tempfile.TemporaryDirectory(prefix="gsscale-run-") as output_dir:
+        try:
+            result = measure(args, Path(output_dir))
+        except Exception as error:
+            traceback.print_exc()
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            result = {"error": f"{type(error).__name__}: {first_line}"}
+    line = json.dumps(result, allow_nan=False)
+    if args.result is not None:
+        args.result.write_text(line + "\n", encoding="utf-8")
+    print(line, flush=True)
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(RunArgs)))

@@ -1,0 +1,130 @@
+"""The two tables of a comparison as text cells, for the terminal and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.results import Comparison, Run
+from benchmarks.summary import Row, compare_groups, group_runs
+
+MISSING = "-"
+
+
+@dataclass
+class TextTable:
+    """Column names and rows; the first column is left-aligned, the others are numbers."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def run_table(comparison: Comparison) -> TextTable:
+    """One row a run."""
+    columns = [
+        "method",
+        "seed",
+        "PSNR",
+        "SSIM",
+        "Gaussians",
+        "it/s",
+        "wall s",
+        "GPU GB",
+        "GPU GB reserved",
+        "host GB",
+    ]
+    rows = []
+    for group in group_runs(comparison):
+        for run in sorted(group.runs + group.failed, key=lambda run: run.seed):
+            cells = _measured(run) if run.error is None else ["failed", *[MISSING] * 7]
+            rows.append([group.label, str(run.seed), *cells])
+    return TextTable(columns, rows)
+
+
+def summary_table(comparison: Comparison) -> TextTable:
+    """One row a method and engine: means over seeds, and the comparison with splatfacto."""
+    columns = [
+        "method",
+        "runs",
+        "PSNR",
+        "to splatfacto",
+        "SSIM",
+        "to splatfacto",
+        "Gaussians",
+        "to splatfacto",
+        "it/s",
+        "of splatfacto's",
+        "GPU GB",
+        "of splatfacto's",
+    ]
+    return TextTable(columns, [_summary(row) for row in compare_groups(comparison)])
+
+
+def failures(comparison: Comparison) -> list[str]:
+    """A sentence for every failed run."""
+    return [
+        f"{group.label}, seed {run.seed}: {run.error}"
+        for group in group_runs(comparison)
+        for run in group.failed
+    ]
+
+
+def describe_machine(machine: dict[str, Any]) -> str:
+    """The machine on one line."""
+    gpu = "no GPU"
+    if machine.get("gpu"):
+        gpu = f"{machine['gpu']} ({machine['gpu_memory_gib']} GiB)"
+    hardware = f"{gpu}; {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB RAM"
+    versions = [f"{name} {machine[name]}" for name in ("torch", "gsplat", "nerfstudio", "python")]
+    return f"{hardware}; {', '.join(versions)}"
+
+
+def _measured(run: Run) -> list[str]:
+    return [
+        _text(run.psnr, "{:.2f}"),
+        _text(run.ssim, "{:.4f}"),
+        _text(run.gaussians, "{:,}"),
+        _text(run.it_per_s_last_1000, "{:.1f}"),
+        _text(run.wall_s, "{:.0f}"),
+        _text(run.peak_gpu_allocated_bytes, "{:.2f}", _gb),
+        _text(run.peak_gpu_reserved_bytes, "{:.2f}", _gb),
+        _text(run.peak_host_bytes, "{:.2f}", _gb),
+    ]
+
+
+def _summary(row: Row) -> list[str]:
+    group = row.group
+    psnr, ssim = (
+        _text(group.mean(name), form) + _text(group.deviation(name), " ± " + form, missing="")
+        for name, form in (("psnr", "{:.2f}"), ("ssim", "{:.4f}"))
+    )
+    return [
+        group.label,
+        str(len(group.runs)),
+        psnr,
+        _text(row.psnr_difference, "{:+.2f}"),
+        ssim,
+        _text(row.ssim_difference, "{:+.4f}"),
+        _text(group.mean("gaussians"), "{:,.0f}"),
+        _text(row.gaussians_difference, "{:+.1%}"),
+        _text(group.mean("it_per_s_last_1000"), "{:.1f}"),
+        _text(row.speed_ratio, "{:.2f}x"),
+        _text(group.mean("peak_gpu_allocated_bytes"), "{:.2f}", _gb),
+        _text(row.memory_ratio, "{:.2f}x"),
+    ]
+
+
+def _gb(value: float) -> float:
+    return value / 1e9
+
+
+def _text(
+    value: float | None,
+    form: str,
+    scale: Callable[[float], float] | None = None,
+    missing: str = MISSING,
+) -> str:
+    if value is None:
+        return missing
+    return form.format(scale(value) if scale else value)

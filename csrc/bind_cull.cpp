@@ -1,0 +1,84 @@
+#include <nanobind/stl/optional.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+
+#include "buffers.h"
+#include "cull.h"
+
+namespace gsscale {
+
+namespace {
+
+void check_bounds(const Floats2 &spheres, const Floats2 &blocks, int64_t n_rows) {
+    if (spheres.shape(1) != 4 || blocks.shape(1) != 8)
+        throw std::invalid_argument("spheres must be [rows, 4] and blocks [blocks, 8]");
+    if (n_rows < 0 || n_rows > (int64_t)spheres.shape(0) ||
+        n_rows > std::numeric_limits<int32_t>::max())
+        throw std::invalid_argument("n_rows outside of spheres, or beyond 32-bit row ids");
+    if (blocks_of(n_rows) > (int64_t)blocks.shape(0))
+        throw std::invalid_argument("blocks must have room for one bound per 256 rows");
+}
+
+// No more threads than there are pieces of work that are worth waking one.
+int threads_for(int64_t pieces, int threads) {
+    const int64_t available = threads > 0 ? threads : omp_get_max_threads();
+    return (int)std::max<int64_t>(1, std::min(available, pieces));
+}
+constexpr int64_t kGroupsToCull = 16;  // most groups are skipped within a microsecond
+constexpr int64_t kIdsToScan = 1024;
+
+void update(Floats2 spheres, Floats2 blocks, int64_t n_rows, std::optional<Ids> ids, int threads) {
+    check_bounds(spheres, blocks, n_rows);
+    const float *from = spheres.data();
+    float *to = blocks.data();
+    nb::gil_scoped_release release;
+    if (!ids) {
+        const int n_threads = threads_for(groups_of(blocks_of(n_rows)), threads);
+        GSSCALE_DISPATCH(update_all_blocks, from, n_rows, to, n_threads);
+        return;
+    }
+    const int64_t n_ids = (int64_t)ids->shape(0);
+    const int n_threads = threads_for(n_ids / kIdsToScan, threads);
+    if (!GSSCALE_DISPATCH(update_blocks_of, from, n_rows, ids->data(), n_ids, to, n_threads))
+        throw std::invalid_argument("row id outside of the first n_rows rows");
+}
+
+int64_t cull_rows(Floats2 spheres, Floats2 blocks, int64_t n_rows, Floats2 planes, Ids out,
+                  int threads) {
+    check_bounds(spheres, blocks, n_rows);
+    if (planes.shape(1) != 5 || planes.shape(0) > kMaxPlanes)
+        throw std::invalid_argument("planes must be [at most 32, 5]");
+    const int64_t n_blocks = blocks_of(n_rows), n_groups = groups_of(n_blocks);
+    const Bounds bounds{spheres.data(), blocks.data(), n_rows};
+    // Per call, so that two threads may cull at once; pages that no hit falls into stay untouched.
+    const std::unique_ptr<uint64_t[]> hits(new uint64_t[n_blocks * kBlockWords]);
+    const std::unique_ptr<int64_t[]> starts(new int64_t[n_groups + 1]);
+    const CullScratch scratch{hits.get(), starts.get()};
+    nb::gil_scoped_release release;
+    return GSSCALE_DISPATCH(cull, bounds, planes.data(), (int)planes.shape(0), scratch, out.data(),
+                            (int64_t)out.shape(0), threads_for(n_groups / kGroupsToCull, threads));
+}
+
+}  // namespace
+
+void bind_cull(nb::module_ &m) {
+    // noconvert: nanobind would otherwise hand us a converted copy and lose what we write to it.
+    m.attr("BLOCK_ROWS") = kBlockRows;
+    m.def("update_blocks", &update, nb::arg("spheres").noconvert(), nb::arg("blocks").noconvert(),
+          nb::arg("n_rows"), nb::arg("row_ids").noconvert().none() = nb::none(),
+          nb::arg("threads") = 0,
+          "Recompute the bounds [blocks, 8] of all blocks of the first n_rows spheres [n, 4], or "
+          "of those blocks that hold the rows `row_ids` (ascending).");
+    m.def("cull", &cull_rows, nb::arg("spheres").noconvert(), nb::arg("blocks").noconvert(),
+          nb::arg("n_rows"), nb::arg("planes").noconvert(), nb::arg("out").noconvert(),
+          nb::arg("threads") = 0,
+          "Write the ids of the rows that are outside of none of the planes [P, 5], ascending, to "
+          "`out` and return how many they are; nothing is written if `out` is too small for them.");
+}
+
+}  // namespace gsscale

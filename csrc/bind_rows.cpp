@@ -1,0 +1,152 @@
+#include <nanobind/stl/optional.h>
+
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+
+#include "buffers.h"
+#include "rows.h"
+
+namespace gsscale {
+
+namespace {
+
+using Columns = nb::ndarray<int32_t, nb::shape<6>, nb::c_contig, nb::device::cpu>;
+using GroupOf = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char *message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+// The arrays of a host store, kept alive by the references inside.
+struct Store {
+    Floats2 params, exp_avg, exp_avg_sq;
+    std::optional<Floats2> spheres;
+    RowStore raw;
+
+    Store(Floats2 p, Floats2 m, Floats2 v, std::optional<Floats2> sp, Columns columns)
+        : params(p), exp_avg(m), exp_avg_sq(v), spheres(sp) {
+        const int64_t width = p.shape(1);
+        require(width % 16 == 0 && width <= kMaxWidth, "row width must be a multiple of 16, <= 128");
+        require(m.shape(0) == p.shape(0) && v.shape(0) == p.shape(0) &&
+                    (int64_t)m.shape(1) == width && (int64_t)v.shape(1) == width,
+                "params, exp_avg and exp_avg_sq must have the same shape");
+        require(!sp || (sp->shape(0) >= p.shape(0) && sp->shape(1) == 4),
+                "spheres must be [capacity, 4]");
+        const int32_t *c = columns.data();
+        for (int i = 0; i < 6; ++i) require(c[i] >= 0 && c[i] < width, "column outside of the row");
+        raw = {p.data(), m.data(), v.data(), sp ? sp->data() : nullptr, width, c[0], c[1],
+               c[2],     c[3],     c[4],     c[5]};
+    }
+    int64_t capacity() const { return (int64_t)params.shape(0); }
+};
+
+struct Tables {
+    Floats2 skip, tail;
+    Floats1 eps_scale, decay1, decay2, eps, reach;
+    GroupOf group;
+    SkipTables raw;
+
+    Tables(int64_t step, Floats2 skip_, Floats2 tail_, Floats1 eps_scale_, Floats1 decay1_,
+           Floats1 decay2_, Floats1 eps_, Floats1 reach_, GroupOf group_, double beta1,
+           double beta2)
+        : skip(skip_), tail(tail_), eps_scale(eps_scale_), decay1(decay1_), decay2(decay2_),
+          eps(eps_), reach(reach_), group(group_) {
+        const int64_t horizon = (int64_t)skip.shape(0) - 1, width = (int64_t)skip.shape(1);
+        require(horizon >= 0 && (int64_t)decay1.shape(0) == horizon + 1 &&
+                    (int64_t)decay2.shape(0) == horizon + 1,
+                "skip, decay1 and decay2 must have horizon + 1 entries");
+        require((int64_t)eps.shape(0) == width && (int64_t)reach.shape(0) == width &&
+                    (int64_t)group.shape(0) == width,
+                "eps, reach and group must have one entry per column");
+        require((int64_t)eps_scale.shape(0) > step, "eps_scale must cover steps 0 .. step");
+        require((int64_t)tail.shape(0) >= step - horizon, "tail must cover steps 0 .. step - K - 1");
+        raw = {step,          horizon,       (int64_t)tail.shape(1), skip.data(), tail.data(),
+               eps_scale.data(), decay1.data(), decay2.data(),       eps.data(),  reach.data(),
+               group.data(),  beta1,         beta2};
+    }
+};
+
+void check(const Store &store, const Tables &tables) {
+    require((int64_t)tables.skip.shape(1) == store.raw.width, "tables and rows differ in width");
+}
+
+void check_ids(const Store &store, const Ids &ids) {
+    const int32_t *id = ids.data();
+    const int64_t n = (int64_t)ids.shape(0), capacity = store.capacity();
+    bool inside = true;
+    for (int64_t i = 0; i < n; ++i) inside &= id[i] >= 0 && id[i] < capacity;
+    require(inside, "row id outside of the store");
+}
+
+void check_range(const Store &store, int64_t begin, int64_t end) {
+    require(0 <= begin && begin <= end && end <= store.capacity(), "row range outside of the store");
+}
+
+void gather(const Store &store, const Tables &tables, Ids ids, Floats2 out) {
+    check(store, tables);
+    check_ids(store, ids);
+    require(out.shape(0) >= ids.shape(0) && (int64_t)out.shape(1) == store.raw.width,
+            "out must be [>= len(ids), width]");
+    nb::gil_scoped_release release;
+    GSSCALE_DISPATCH(gather_settled, store.raw, tables.raw, ids.data(), ids.shape(0), out.data());
+}
+
+void settle(const Store &store, const Tables &tables, int64_t begin, int64_t end) {
+    check(store, tables);
+    check_range(store, begin, end);
+    nb::gil_scoped_release release;
+    GSSCALE_DISPATCH(settle_range, store.raw, tables.raw, begin, end);
+}
+
+void refresh(const Store &store, const Tables &tables, int64_t begin, int64_t end) {
+    check(store, tables);
+    check_range(store, begin, end);
+    require(store.raw.spheres != nullptr, "this store has no spheres");
+    nb::gil_scoped_release release;
+    GSSCALE_DISPATCH(refresh_spheres, store.raw, tables.raw, begin, end);
+}
+
+void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floats1 lr) {
+    check(store, tables);
+    check_ids(store, ids);
+    require(grads.shape(0) >= ids.shape(0) && (int64_t)grads.shape(1) == store.raw.width,
+            "grads must be [>= len(ids), width]");
+    require((int64_t)lr.shape(0) == store.raw.width, "lr must have one entry per column");
+    const double t = (double)tables.raw.step + 1.0;
+    const double bias1 = 1.0 - std::pow(tables.raw.beta1, t);
+    const double bias2 = 1.0 - std::pow(tables.raw.beta2, t);
+    float step_size[kMaxWidth];
+    for (int64_t c = 0; c < store.raw.width; ++c) step_size[c] = (float)(lr.data()[c] / bias1);
+    const AdamStep adam{step_size, (float)(1.0 - tables.raw.beta1), (float)tables.raw.beta2,
+                        (float)(1.0 - tables.raw.beta2), (float)(1.0 / std::sqrt(bias2))};
+    nb::gil_scoped_release release;
+    GSSCALE_DISPATCH(settle_and_step, store.raw, tables.raw, adam, ids.data(), ids.shape(0),
+                     grads.data());
+}
+
+}  // namespace
+
+void bind_rows(nb::module_ &m) {
+    nb::class_<Store>(m, "Rows")
+        .def(nb::init<Floats2, Floats2, Floats2, std::optional<Floats2>, Columns>(),
+             nb::arg("params"), nb::arg("exp_avg"), nb::arg("exp_avg_sq"),
+             nb::arg("spheres").none(), nb::arg("columns"));
+    nb::class_<Tables>(m, "SkipTables")
+        .def(nb::init<int64_t, Floats2, Floats2, Floats1, Floats1, Floats1, Floats1, Floats1,
+                      GroupOf, double, double>(),
+             nb::arg("step"), nb::arg("skip"), nb::arg("tail"), nb::arg("eps_scale"),
+             nb::arg("decay1"), nb::arg("decay2"), nb::arg("eps"), nb::arg("reach"),
+             nb::arg("group"), nb::arg("beta1"), nb::arg("beta2"));
+    m.def("gather_settled", &gather, nb::arg("rows"), nb::arg("tables"), nb::arg("ids"),
+          nb::arg("out"), "Settled params of the rows `ids` into `out`; the store is not written.");
+    m.def("settle_range", &settle, nb::arg("rows"), nb::arg("tables"), nb::arg("begin"),
+          nb::arg("end"), "Settle rows begin .. end - 1 in place, to the tables' step.");
+    m.def("refresh_spheres", &refresh, nb::arg("rows"), nb::arg("tables"), nb::arg("begin"),
+          nb::arg("end"), "Recompute the bounding spheres of rows begin .. end - 1.");
+    m.def("settle_and_step", &step, nb::arg("rows"), nb::arg("tables"), nb::arg("ids"),
+          nb::arg("grads"), nb::arg("lr"),
+          "Settle the rows `ids` to the tables' step t, then apply Adam step t + 1 with `grads`.");
+}
+
+}  // namespace gsscale

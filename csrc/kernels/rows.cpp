@@ -1,0 +1,187 @@
+// Compiled once per instruction set: no std:: templates here, or the linker could keep a copy that
+// was compiled for AVX-512 and call it on an older CPU.
+#include "rows.h"
+
+#include <math.h>
+#include <string.h>
+
+namespace gsscale {
+namespace GSSCALE_ISA {
+
+namespace {
+
+constexpr float kSmallestNormal = 1.17549435e-38f;
+// Rows ahead whose cache lines are requested: a row is 3 x 4 lines in three arrays, too scattered
+// for the hardware prefetcher when ids have gaps.
+constexpr int64_t kAhead = 6;
+constexpr int64_t kParallelFrom = 256;
+// gsplat draws a Gaussian out to 3 (1.4) or 3.33 (1.5) standard deviations.
+constexpr float kSigmas = 3.33f;
+constexpr float kCoordinateSlack = 1e-6f;
+
+inline void prefetch_row(const RowStore &s, int64_t row) {
+    const int64_t at = row * s.width;
+    for (int64_t c = 0; c < s.width; c += 16) {
+        __builtin_prefetch(s.params + at + c, 1);
+        __builtin_prefetch(s.exp_avg + at + c, 1);
+        __builtin_prefetch(s.exp_avg_sq + at + c, 1);
+    }
+}
+
+// How a row's skipped steps are made up for: w -= S m / (sqrt(v) + eps f), m *= d1, v *= d2.
+struct Skip {
+    const float *S;
+    float f, d1, d2;
+};
+
+inline Skip skip_of(const SkipTables &t, int64_t width, int64_t stamp, float *scratch) {
+    const int64_t gap = t.step - stamp;
+    Skip skip;
+    skip.f = t.eps_scale[stamp];
+    if (gap <= t.horizon) {
+        skip.S = t.skip + gap * width;
+        skip.d1 = t.decay1[gap];
+        skip.d2 = t.decay2[gap];
+    } else {
+        // S(s, t) = S(s, s + K): the terms beyond K are below rounding.
+        const float *tail = t.tail + stamp * t.n_groups;
+        for (int64_t c = 0; c < width; ++c)
+            scratch[c] = t.group[c] < t.n_groups ? tail[t.group[c]] : 0.0f;
+        skip.S = scratch;
+        skip.d1 = (float)pow(t.beta1, (double)gap);
+        skip.d2 = (float)pow(t.beta2, (double)gap);
+    }
+    return skip;
+}
+
+inline float flush(float x) { return fabsf(x) < kSmallestNormal ? 0.0f : x; }
+
+inline void settle_row(const Skip &skip, const float *eps, int64_t width, float *__restrict__ w,
+                       float *__restrict__ m, float *__restrict__ v) {
+    const float *__restrict__ S = skip.S;
+    const float f = skip.f, d1 = skip.d1, d2 = skip.d2;
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+        w[c] -= S[c] * m[c] / (sqrtf(v[c]) + eps[c] * f);
+        m[c] = flush(m[c] * d1);
+        v[c] = flush(v[c] * d2);
+    }
+}
+
+// Bounding sphere for the culler, wide enough for every step that may be skipped from here on:
+// without a gradient an element moves monotonically towards w - S(t, inf) m / (sqrt(v) + eps).
+inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
+    const float *w = s.params + row * s.width;
+    const float *m = s.exp_avg + row * s.width;
+    const float *v = s.exp_avg_sq + row * s.width;
+    // The denominator's eps factor grows with the step, so the current one bounds the motion.
+    const float f = t.eps_scale[t.step];
+    float moved = 0.0f, far = 0.0f, largest = -INFINITY;
+    for (int i = 0; i < 3; ++i) {
+        const int c = s.mean + i;
+        const float motion = t.reach[c] * m[c] / (sqrtf(v[c]) + t.eps[c] * f);
+        moved += motion * motion;
+        far += fabsf(w[c]);
+        const int k = s.scale + i;
+        const float shrink = t.reach[k] * m[k] / (sqrtf(v[k]) + t.eps[k] * f);
+        const float reached = shrink < 0.0f ? w[k] - shrink : w[k];
+        // Written so that NaN wins: a broken row is kept, not silently dropped.
+        largest = reached <= largest ? largest : reached;
+    }
+    float *sphere = s.spheres + row * 4;
+    sphere[0] = w[s.mean];
+    sphere[1] = w[s.mean + 1];
+    sphere[2] = w[s.mean + 2];
+    sphere[3] = kSigmas * expf(largest) + sqrtf(moved) + kCoordinateSlack * far;
+}
+
+inline int64_t stamp_of(const RowStore &s, const float *w) { return (int64_t)w[s.stamp]; }
+
+}  // namespace
+
+void gather_settled(const RowStore &s, const SkipTables &t, const int32_t *ids, int64_t n,
+                    float *out) {
+    const int64_t width = s.width;
+#pragma omp parallel for schedule(static) if (n > kParallelFrom)
+    for (int64_t i = 0; i < n; ++i) {
+        if (i + kAhead < n) prefetch_row(s, ids[i + kAhead]);
+        const int64_t at = ids[i] * width;
+        float *__restrict__ o = out + i * width;
+        const float *__restrict__ w = s.params + at;
+        const int64_t stamp = stamp_of(s, w);
+        if (stamp == t.step) {
+            memcpy(o, w, width * sizeof(float));
+            continue;
+        }
+        float scratch[kMaxWidth];
+        const Skip skip = skip_of(t, width, stamp, scratch);
+        const float *__restrict__ S = skip.S;
+        const float *__restrict__ m = s.exp_avg + at;
+        const float *__restrict__ v = s.exp_avg_sq + at;
+        const float *__restrict__ eps = t.eps;
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c)
+            o[c] = w[c] - S[c] * m[c] / (sqrtf(v[c]) + eps[c] * skip.f);
+    }
+}
+
+void settle_range(const RowStore &s, const SkipTables &t, int64_t begin, int64_t end) {
+#pragma omp parallel for schedule(static) if (end - begin > kParallelFrom)
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = row * s.width;
+        float *w = s.params + at;
+        const int64_t stamp = stamp_of(s, w);
+        if (stamp == t.step) continue;
+        float scratch[kMaxWidth];
+        const Skip skip = skip_of(t, s.width, stamp, scratch);
+        settle_row(skip, t.eps, s.width, w, s.exp_avg + at, s.exp_avg_sq + at);
+        w[s.stamp] = (float)t.step;
+    }
+}
+
+void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a, const int32_t *ids,
+                     int64_t n, const float *grads) {
+    const int64_t width = s.width;
+#pragma omp parallel for schedule(static) if (n > kParallelFrom)
+    for (int64_t i = 0; i < n; ++i) {
+        if (i + kAhead < n) prefetch_row(s, ids[i + kAhead]);
+        const int64_t at = ids[i] * width;
+        float *__restrict__ w = s.params + at;
+        float *__restrict__ m = s.exp_avg + at;
+        float *__restrict__ v = s.exp_avg_sq + at;
+        const int64_t stamp = stamp_of(s, w);
+        if (stamp != t.step) {
+            float scratch[kMaxWidth];
+            const Skip skip = skip_of(t, width, stamp, scratch);
+            settle_row(skip, t.eps, width, w, m, v);
+        }
+        // The gradient row carries the view's densification statistics in the bookkeeping columns.
+        float g[kMaxWidth];
+        memcpy(g, grads + i * width, width * sizeof(float));
+        const float radius = g[s.max_radius];
+        w[s.grad2d] += g[s.grad2d];
+        w[s.count] += g[s.count];
+        w[s.max_radius] = radius > w[s.max_radius] ? radius : w[s.max_radius];
+        g[s.grad2d] = g[s.count] = g[s.max_radius] = g[s.stamp] = 0.0f;
+        const float *__restrict__ step_size = a.step_size;
+        const float *__restrict__ eps = t.eps;
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) {
+            const float mc = m[c] + (g[c] - m[c]) * a.one_minus_beta1;
+            const float vc = v[c] * a.beta2 + g[c] * g[c] * a.one_minus_beta2;
+            w[c] -= step_size[c] * mc / (sqrtf(vc) * a.inv_sqrt_bias2 + eps[c]);
+            m[c] = flush(mc);
+            v[c] = flush(vc);
+        }
+        w[s.stamp] = (float)(t.step + 1);
+        if (s.spheres) write_sphere(s, t, ids[i]);
+    }
+}
+
+void refresh_spheres(const RowStore &s, const SkipTables &t, int64_t begin, int64_t end) {
+#pragma omp parallel for schedule(static) if (end - begin > kParallelFrom)
+    for (int64_t row = begin; row < end; ++row) write_sphere(s, t, row);
+}
+
+}  // namespace GSSCALE_ISA
+}  // namespace gsscale

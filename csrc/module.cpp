@@ -1,0 +1,18 @@
+// The Python module gsscale_nerfstudio._C: arithmetic on raw buffers, no torch.
+#include "buffers.h"
+#include "dispatch.h"
+
+namespace gsscale {
+void bind_rows(nb::module_ &m);
+void bind_cull(nb::module_ &m);
+void bind_order(nb::module_ &m);
+}  // namespace gsscale
+
+NB_MODULE(_C, m) {
+    m.doc() = "Kernels of gsscale: rows (settle, step, gather), culling, row order.";
+    m.def("isa", [] { return gsscale::isa_name(gsscale::active_isa()); },
+          "Instruction set in use: baseline, avx2 or avx512.");
+    gsscale::bind_rows(m);
+    gsscale::bind_cull(m);
+    gsscale::bind_order(m);
+}

@@ -1,0 +1,58 @@
+// Row kernels: gather settled rows, settle rows in place, settle + Adam step in one pass.
+//
+// A row is `width` floats in each of three arrays (params, exp_avg, exp_avg_sq). The optimised
+// columns come first; the bookkeeping columns follow and hold zeros in both moment arrays, so every
+// loop runs over the whole width without a mask: their S, gradient and step size are zero.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace gsscale {
+
+constexpr int64_t kMaxWidth = 128;
+
+struct RowStore {
+    float *params;
+    float *exp_avg;
+    float *exp_avg_sq;
+    float *spheres;  // [capacity, 4] bounding spheres for the culler, or null
+    int64_t width;
+    int32_t mean, scale;                        // first of three columns each
+    int32_t stamp, grad2d, count, max_radius;   // bookkeeping columns
+};
+
+// What Adam did in the steps that a row has skipped (DESIGN: deferred Adam). Current step: t.
+struct SkipTables {
+    int64_t step;             // t
+    int64_t horizon;          // K
+    int64_t n_groups;
+    const float *skip;        // [K + 1, width]  S(t - k, t) of each column's group
+    const float *tail;        // [>= t - K + 1, n_groups]  S(s, s + K), for gaps beyond K
+    const float *eps_scale;   // [>= t + 1]  sqrt((1 - beta2^(s+1)) / beta2)
+    const float *decay1;      // [K + 1]  beta1^k
+    const float *decay2;      // [K + 1]  beta2^k
+    const float *eps;         // [width]; 1 in the bookkeeping columns, to keep 0 / 0 out
+    const float *reach;       // [width]  bound of S(t, infinity): how far skipped steps can still go
+    const int32_t *group;     // [width]  column -> group, n_groups for bookkeeping columns
+    double beta1, beta2;
+};
+
+// One ordinary step t + 1 of torch.optim.Adam.
+struct AdamStep {
+    const float *step_size;   // [width]  lr / (1 - beta1^(t+1)); 0 in the bookkeeping columns
+    float one_minus_beta1, beta2, one_minus_beta2;
+    float inv_sqrt_bias2;     // 1 / sqrt(1 - beta2^(t+1))
+};
+
+GSSCALE_FOR_EACH_ISA(
+    void gather_settled(const RowStore &store, const SkipTables &tables, const int32_t *ids,
+                        int64_t n, float *out);
+    void settle_range(const RowStore &store, const SkipTables &tables, int64_t begin, int64_t end);
+    void settle_and_step(const RowStore &store, const SkipTables &tables, const AdamStep &adam,
+                         const int32_t *ids, int64_t n, const float *grads);
+    void refresh_spheres(const RowStore &store, const SkipTables &tables, int64_t begin,
+                         int64_t end);)
+
+}  // namespace gsscale

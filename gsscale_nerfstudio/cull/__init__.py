@@ -1,0 +1,4 @@
+"""From a camera to the ids of the rows that it may see."""
+
+from gsscale_nerfstudio.cull.culler import Culler as Culler
+from gsscale_nerfstudio.cull.view import View as View

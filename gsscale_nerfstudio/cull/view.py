@@ -1,0 +1,192 @@
+"""One camera as the culler sees it: pose, intrinsics, image size and clipping planes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from torch import Tensor
+
+from gsscale_nerfstudio.errors import GSScaleError
+
+_DRAWN_TYPES = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.FISHEYE624)
+"""Types that Nerfstudio's data managers undistort to the pinhole images that gsplat renders."""
+
+_BLUR_PIXELS = 3.4
+"""What gsplat's blur and rounding up add to a radius: e of :meth:`View.planes`."""
+
+_POSITION_ROUNDING = 2.5e-6
+"""Float32 error of a point in camera space, as a share of the camera's distance to the origin."""
+
+_RELATIVE_ROUNDING = 1e-5
+"""Float32 error of pixel positions and radii, as a share of their size."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One pinhole view.
+
+    Attributes:
+        viewmat: [4, 4] world -> camera; camera axes right, down, forward (OpenCV).
+        K: [3, 3] intrinsics in pixels, without skew; a pixel's centre is at + 0.5.
+        width, height: image size in pixels.
+        near, far: depths between which rows are drawn; splatfacto's by default.
+
+    Raises:
+        GSScaleError: no image can be made with these values.
+    """
+
+    viewmat: np.ndarray
+    K: np.ndarray
+    width: int
+    height: int
+    near: float = 0.01
+    far: float = 1e10
+
+    def __post_init__(self) -> None:
+        if self.viewmat.shape != (4, 4) or self.K.shape != (3, 3):
+            raise GSScaleError(
+                f"a view needs a 4 x 4 pose and 3 x 3 intrinsics, not {self.viewmat.shape} and "
+                f"{self.K.shape}; pass one camera's matrices"
+            )
+        if self.width < 1 or self.height < 1:
+            raise GSScaleError(
+                f"cannot render an image of {self.width} x {self.height} pixels; check the "
+                "camera's width and height, and the downscale factors"
+            )
+        if not np.isfinite(self.viewmat).all():
+            raise GSScaleError(
+                "the camera's pose has a value that is not finite; check the data set's poses, and "
+                "if the camera optimizer is on, lower its learning rate"
+            )
+        if not np.isfinite(self.K).all() or self.K[0, 0] <= 0 or self.K[1, 1] <= 0:
+            raise GSScaleError(
+                f"the camera's intrinsics {self.K.tolist()} are not finite, or a focal length is "
+                "not positive; check the data set's intrinsics"
+            )
+        if not 0 < self.near < self.far:
+            raise GSScaleError(
+                f"the clipping planes {self.near} and {self.far} enclose nothing; near must be "
+                "positive and below far"
+            )
+
+    @classmethod
+    def from_camera(
+        cls,
+        camera: Cameras,
+        camera_to_world: Tensor | None = None,
+        near: float = 0.01,
+        far: float = 1e10,
+    ) -> View:
+        """The view of one Nerfstudio camera, at the resolution that the camera has now.
+
+        Args:
+            camera: ``Cameras`` that hold one camera.
+            camera_to_world: [3 or 4, 4] or [1, 3 or 4, 4], used in the place of the camera's pose:
+                that of the camera optimizer. Axes right, up, backward (OpenGL).
+            near, far: depths between which rows are drawn.
+
+        Raises:
+            GSScaleError: several cameras, a type that splatfacto cannot render, an empty image, or
+                a pose or intrinsics that are not finite.
+        """
+        if camera.size != 1:
+            raise GSScaleError(
+                f"gsscale renders one camera at a time and was given {camera.size}; pick one, as "
+                "in cameras[i : i + 1]"
+            )
+        camera_type = int(camera.camera_type.item())
+        if camera_type not in [drawn.value for drawn in _DRAWN_TYPES]:
+            names = {t.value: t.name for t in CameraType}
+            raise GSScaleError(
+                f"gsscale cannot render a camera of type {names.get(camera_type, camera_type)}: "
+                "the rasterizer draws pinhole images, and of the other types only "
+                f"{' and '.join(t.name for t in _DRAWN_TYPES[1:])} are undistorted to them; convert "
+                "the images to perspective views first"
+            )
+        pose = camera.camera_to_worlds if camera_to_world is None else camera_to_world
+        return cls(
+            viewmat=_world_to_camera(_matrix(pose)),
+            K=_matrix(camera.get_intrinsics_matrices()),
+            width=int(camera.width.item()),
+            height=int(camera.height.item()),
+            near=near,
+            far=far,
+        )
+
+    def planes(self) -> np.ndarray:
+        """[6, 5] float32 (nx, ny, nz, d, k): a row is outside if ``n.p + d + k R < 0`` for one.
+
+        Order: left, right, top, bottom, near, far; world space, ``|n| = 1``. ``p`` is the row's
+        centre and ``R = 3.33 sigma + m``, with sigma its largest scale and m how far the centre may
+        still move, its own float32 rounding (1e-6 |p|) included.
+
+        No row that gsplat draws is outside. At depth z > 0 gsplat draws a circle of radius
+        ``r <= ceil(c sqrt(v + blur))`` around ``u = fx x / z + cx``, where c is 3 or 3.33, v the
+        larger eigenvalue of J S J^T, ``J = diag(fx, fy) [I | -l] / z``, S the row's covariance and
+        l its direction (x / z, y / z) clamped a little outside of the image. So ``z r <= g R + e z``
+        with ``g = max ||diag(fx, fy) [I | -l]||`` and ``e = c sqrt(blur) + 1``, the part that does
+        not grow with the row. The circle reaches the left border if u + r > 0, and then
+        ``fx x + (cx + e) z + g R > 0``: a plane. What it rejects lies to the left of the image, so g
+        is taken over such directions only. With ``k = max(g, |n|)``, k R also covers the motion m.
+
+        blur is 0.3, plus 0.1 (or 0.32 with ``packed=True``) for the least distance that gsplat 1.4
+        keeps between eigenvalue and mean: ``e = 3 sqrt(0.62) + 1``. gsplat 1.5 has
+        ``e = 3.33 sqrt(0.3) + 1``, which is less.
+
+        Rounding to float32 in gsplat and in the culler is allowed for. Not allowed for is float32
+        overflow in gsplat, which begins at radii of about 1e9 pixels.
+        """
+        fx, fy, cx, cy = self.K[0, 0], self.K[1, 1], self.K[0, 2], self.K[1, 2]
+        # Per axis: border and clamp limit of x / z on the low side, then on the high side.
+        margin_x, margin_y = 0.15 * self.width / fx, 0.15 * self.height / fy
+        x_low, x_high = _steepest(cx / fx, margin_x), _steepest((self.width - cx) / fx, margin_x)
+        y_low, y_high = _steepest(cy / fy, margin_y), _steepest((self.height - cy) / fy, margin_y)
+        x_any, y_any = max(x_low, x_high), max(y_low, y_high)
+
+        def growth(lx: float, ly: float) -> float:
+            return float(np.linalg.norm([[fx, 0.0, fx * lx], [0.0, fy, fy * ly]], 2))
+
+        largest = max(self.width, self.height, abs(cx), abs(cy), fx, fy)
+        e = _BLUR_PIXELS + _RELATIVE_ROUNDING * largest
+        normals, offsets, growths = (
+            np.array(column, dtype=np.float64)
+            for column in zip(
+                ((fx, 0.0, cx + e), 0.0, growth(x_low, y_any)),
+                ((-fx, 0.0, self.width - cx + e), 0.0, growth(x_high, y_any)),
+                ((0.0, fy, cy + e), 0.0, growth(x_any, y_low)),
+                ((0.0, -fy, self.height - cy + e), 0.0, growth(x_any, y_high)),
+                ((0.0, 0.0, 1.0), -self.near * (1 - _RELATIVE_ROUNDING), 0.0),
+                ((0.0, 0.0, -1.0), self.far * (1 + _RELATIVE_ROUNDING), 0.0),
+                strict=True,
+            )
+        )
+        rotation, shift = self.viewmat[:3, :3].astype(np.float64), self.viewmat[:3, 3]
+        world = normals @ rotation
+        rounding = _POSITION_ROUNDING * np.linalg.norm(shift) * np.linalg.norm(normals, axis=1)
+        length = np.linalg.norm(world, axis=1)
+        # A pose that scales would scale the covariance, too.
+        reach = np.maximum(growths * np.linalg.norm(rotation, 2), length) * (1 + _RELATIVE_ROUNDING)
+        planes = np.column_stack([world, normals @ shift + offsets + rounding, reach])
+        return (planes / length[:, None]).astype(np.float32)
+
+
+def _steepest(border: float, margin: float) -> float:
+    """Largest |x / z| that gsplat uses for a row beyond a border: clamped ``margin`` outside."""
+    return max(abs(border), abs(border + margin))
+
+
+def _matrix(tensor: Tensor) -> np.ndarray:
+    """The last two dimensions of a tensor that holds one matrix, as float64."""
+    return tensor.detach().cpu().double().numpy().reshape(tensor.shape[-2:])
+
+
+def _world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
+    """Rigid inverse of a [3 or 4, 4] OpenGL pose, with y and z turned round to OpenCV's."""
+    rotation = camera_to_world[:3, :3] * np.array([1.0, -1.0, -1.0])
+    viewmat = np.eye(4)
+    viewmat[:3, :3] = rotation.T
+    with np.errstate(invalid="ignore"):  # View refuses what is not finite
+        viewmat[:3, 3] = -rotation.T @ camera_to_world[:3, 3]
+    return viewmat

@@ -1,0 +1,114 @@
+"""What the demo runs: its command lines, and where each of them leaves its results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gsscale_nerfstudio.demo.commands import find_script
+
+# Every sixth image is held out: neighbours on the orbit remain on both sides of it.
+EVAL_INTERVAL = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: what is trained on, for how long and where the results go.
+
+    Args:
+        folder: Holds everything that the demo writes.
+        name: Of this run; keeps the checkpoints of several runs apart.
+        device: ``cpu`` or ``cuda``.
+        steps: Optimizer steps, one image each.
+        seed: Of the training.
+    """
+
+    folder: Path
+    name: str
+    device: str
+    steps: int
+    seed: int
+
+    @property
+    def scene(self) -> Path:
+        """The data set."""
+        return self.folder / "scene"
+
+    @property
+    def config(self) -> Path:
+        """What ``ns-train`` leaves for the other commands to load."""
+        return self.folder / "runs" / "village" / "gsscale" / self.name / "config.yml"
+
+    @property
+    def metrics(self) -> Path:
+        """The means over the held-out views, JSON."""
+        return self.folder / "metrics.json"
+
+    @property
+    def views(self) -> Path:
+        """The renderings of the held-out views, one folder a run."""
+        return self.config.parent / "views"
+
+    @property
+    def splat(self) -> Path:
+        """The trained Gaussians as a PLY file."""
+        return self.folder / "splat.ply"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for the commands."""
+        if self.device == "cuda":
+            return {}
+        # Compiling splatfacto's one small compiled function takes longer than it saves here. Hiding
+        # the GPUs is what makes ns-eval and ns-export, which have no flag for it, use the CPU.
+        return {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+
+    def train(self) -> list[str]:
+        """``ns-train``: splatfacto's schedule squeezed into ``steps``, and nothing but training."""
+        flags: dict[str, object] = {
+            "data": self.scene,
+            "output-dir": self.folder / "runs",
+            "experiment-name": "village",
+            "timestamp": self.name,
+            "machine.device-type": self.device,
+            "machine.seed": self.seed,
+            "vis": "tensorboard",
+            "viewer.quit-on-train-completion": True,
+            "logging.local-writer.max-log-size": 0,
+            "max-num-iterations": self.steps,
+            # Once, at the end.
+            "steps-per-save": self.steps,
+            "steps-per-eval-image": 0,
+            "steps-per-eval-all-images": 0,
+            "pipeline.model.num-downscales": 0,
+            "pipeline.model.sh-degree-interval": max(1, self.steps // 2),
+            "pipeline.model.warmup-length": self.steps // 6,
+            "pipeline.model.refine-every": max(1, self.steps // 12),
+            "pipeline.model.stop-split-at": self.steps * 3 // 4,
+            # Never: a reset costs more steps than there are.
+            "pipeline.model.reset-alpha-every": 1000,
+            "pipeline.model.cull-alpha-thresh": 0.05,
+        }
+        words = [find_script("ns-train"), "gsscale"]
+        for name, value in flags.items():
+            words += [f"--{name}", str(value)]
+        dataparser = ["nerfstudio-data", "--eval-mode", "interval"]
+        return [*words, *dataparser, "--eval-interval", str(EVAL_INTERVAL)]
+
+    def evaluate(self) -> list[str]:
+        """``ns-eval``: metrics and pictures of the held-out views."""
+        return [
+            *(find_script("ns-eval"), "--load-config", str(self.config)),
+            *("--output-path", str(self.metrics), "--render-output-path", str(self.views)),
+        ]
+
+    def export(self) -> list[str]:
+        """``ns-export``: the Gaussians in the format that splat viewers read."""
+        return [
+            *(find_script("ns-export"), "gaussian-splat", "--load-config", str(self.config)),
+            *("--output-dir", str(self.folder), "--output-filename", self.splat.name),
+        ]
+
+    def view(self) -> list[str]:
+        """``ns-viewer``: not run, but offered to the user."""
+        return [find_script("ns-viewer"), "--load-config", str(self.config)]

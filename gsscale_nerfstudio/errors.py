@@ -1,0 +1,27 @@
+"""Errors meant for the user: one sentence with the cause and the remedy, no stack trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nerfstudio.utils.rich_utils import CONSOLE
+
+
+class GSScaleError(RuntimeError):
+    """Something the user can mend; the message names the cause and the remedy."""
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn a :class:`GSScaleError` into a message on the console and exit status 1.
+
+    Wrapped around the entry points that Nerfstudio's commands call, so that ``ns-train`` and its
+    siblings end with the sentence instead of a traceback. Library users get the exception.
+    """
+    try:
+        yield
+    except GSScaleError as error:
+        CONSOLE.print(f"[bold red]gsscale:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)

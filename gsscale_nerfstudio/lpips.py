@@ -1,0 +1,40 @@
+"""LPIPS, built when it is first asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+
+class LazyLPIPS:
+    """The LPIPS metric where its weights can be had, None where they cannot.
+
+    torchmetrics downloads AlexNet when the metric is built, so splatfacto does not even start on an
+    offline machine. This one is built at the first evaluation; if that fails, one warning is
+    printed and the metric is left out. It is no submodule, so checkpoints do not carry the network.
+    """
+
+    def __init__(self) -> None:
+        self._metric: Any = None
+        self._unavailable = False
+
+    def __call__(self, truth: Tensor, render: Tensor) -> Tensor | None:
+        """LPIPS of two image batches [1, 3, H, W] in 0 .. 1, or None."""
+        if self._metric is None and not self._unavailable:
+            try:
+                from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+                self._metric = LearnedPerceptualImagePatchSimilarity(normalize=True)
+            except Exception as error:  # whatever a missing network or package raises
+                self._unavailable = True
+                CONSOLE.print(
+                    f"[bold yellow]gsscale:[/bold yellow] LPIPS is left out of the metrics: its "
+                    f"weights could not be loaded ({type(error).__name__}). With a network it is "
+                    "downloaded at the first evaluation.",
+                    highlight=False,
+                )
+        if self._metric is None:
+            return None
+        return self._metric.to(truth.device)(truth, render)

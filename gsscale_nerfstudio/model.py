@@ -1,0 +1,368 @@
+"""splatfacto with its Gaussians in host memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.engine.callbacks import (
+    TrainingCallback,
+    TrainingCallbackAttributes,
+    TrainingCallbackLocation,
+)
+from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.model_components.lib_bilagrid import (
+    BilateralGrid,
+    color_correct,
+    total_variation_loss,
+)
+from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
+from nerfstudio.utils.colors import get_color
+from nerfstudio.utils.rich_utils import CONSOLE
+from pytorch_msssim import SSIM
+from torch import Tensor
+from torch.nn import Parameter
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
+from gsscale_nerfstudio.engines import Engine, HostEngine, WorkingSet
+from gsscale_nerfstudio.engines.base import ScreenStatistics
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.lpips import LazyLPIPS
+from gsscale_nerfstudio.optim import DeferredAdam
+from gsscale_nerfstudio.rasterize import Rendering, rasterize
+from gsscale_nerfstudio.seeding import seed_rows
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.store.gauss_params import GaussParams
+
+
+@dataclass
+class GSScaleModelConfig(SplatfactoModelConfig):
+    """splatfacto's options, and what concerns host memory."""
+
+    _target: type = field(default_factory=lambda: GSScaleModel)
+    max_gaussians: int | None = None
+    """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3; densification
+    goes on with the most needed ones when the limit is reached. Unset: as many as host memory holds.
+    GPU memory and speed depend on the Gaussians that a view sees, not on this number."""
+
+
+class GSScaleModel(SplatfactoModel):
+    """``SplatfactoModel`` whose Gaussians are rows of a host store, brought to the device per view.
+
+    Args:
+        config: splatfacto's configuration and gsscale's additions.
+        seed_points: xyz [n, 3] and rgb [n, 3] of the sparse point cloud.
+    """
+
+    config: GSScaleModelConfig
+    engine: Engine
+
+    def populate_modules(self) -> None:
+        config = self.config
+        layout = RowLayout(config.sh_degree)
+        store = HostStore(layout, config.max_gaussians)
+        seeds = seed_rows(config, layout, self.seed_points)
+        self.seed_points = None
+        store.append(seeds, stamp=0)
+        store.sort()
+        # The device is not known before the model is moved to it; see _apply.
+        self.engine = HostEngine(store, torch.device("cpu"))
+        self.gauss_params = GaussParams(  # type: ignore[assignment]
+            store, settle=lambda: self.engine.settle(), replaced=lambda: self.engine.restart(0)
+        )
+        self.camera_optimizer = config.camera_optimizer.setup(
+            num_cameras=self.num_train_data, device="cpu"
+        )
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
+        self.ssim = SSIM(data_range=1.0, size_average=True, channel=3)
+        self.lpips = LazyLPIPS()  # type: ignore[assignment]
+        self.step = 0
+        self.crop_box = None
+        if config.background_color == "random":
+            # viser's background: what a viewer shows where there is no scene.
+            self.background_color = torch.tensor([0.1490, 0.1647, 0.2157])
+        else:
+            self.background_color = get_color(config.background_color)
+        if config.use_bilateral_grid:
+            grid_x, grid_y, grid_w = config.grid_shape
+            self.bil_grids = BilateralGrid(
+                num=self.num_train_data, grid_X=grid_x, grid_Y=grid_y, grid_W=grid_w
+            )
+        reset_every = config.reset_alpha_every * config.refine_every
+        self.strategy = RowStrategy(
+            prune_opa=config.cull_alpha_thresh,
+            grow_grad2d=config.densify_grad_thresh,
+            grow_scale3d=config.densify_size_thresh,
+            grow_scale2d=config.split_screen_size,
+            prune_scale3d=config.cull_scale_thresh,
+            prune_scale2d=config.cull_screen_size,
+            refine_scale2d_stop_iter=config.stop_screen_size_at,
+            refine_start_iter=config.warmup_length,
+            refine_stop_iter=config.stop_split_at,
+            reset_every=reset_every,
+            refine_every=config.refine_every,
+            pause_refine_after_reset=pause_after_reset(
+                self.num_train_data, config.refine_every, reset_every
+            ),
+            absgrad=config.use_absgrad,
+            revised_opacity=False,
+            verbose=True,
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GSScaleModel:
+        super()._apply(fn, recurse)
+        # The rows stay where they are; only the engine's idea of the rasterizer's device follows.
+        if self.device != self.engine.device:
+            self.engine.move_to(self.device)
+        return self
+
+    @property
+    def num_points(self) -> int:
+        return len(self.engine.store)
+
+    # -- training --------------------------------------------------------------------------------
+
+    def get_gaussian_param_groups(self) -> dict[str, list[Parameter]]:
+        return self.engine.parameters()
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        optimizers = training_callback_attributes.optimizers
+        trainer = training_callback_attributes.trainer
+        assert optimizers is not None and trainer is not None
+        refuse_unsupported(optimizers, trainer)
+        return [
+            TrainingCallback(
+                [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self.step_cb, args=[optimizers]
+            ),
+            TrainingCallback(
+                [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], self.step_post_backward
+            ),
+        ]
+
+    def step_post_backward(self, step: int) -> None:
+        assert step == self.step
+        self.strategy.refine(self.engine, step)
+
+    def load_state_dict(self, dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        self.step = 30000  # as splatfacto: all SH bands and the full resolution
+        if "means" in dict:
+            for name in GROUPS:  # checkpoints from before splatfacto's gauss_params
+                dict[f"gauss_params.{name}"] = dict[name]
+        # splatfacto's checkpoints carry the LPIPS network.
+        dict = {k: v for k, v in dict.items() if not k.startswith("lpips.")}
+        return super(SplatfactoModel, self).load_state_dict(dict, **kwargs)
+
+    # -- rendering -------------------------------------------------------------------------------
+
+    def get_outputs(self, camera: Cameras) -> dict[str, Any]:
+        """Render one camera from the rows it sees.
+
+        Args:
+            camera: one camera; in training the camera optimizer's correction is applied.
+
+        Returns:
+            rgb [H, W, 3], depth [H, W, 1] or None, accumulation [H, W, 1], background.
+
+        Raises:
+            GSScaleError: a camera that cannot be rendered.
+        """
+        if not isinstance(camera, Cameras):
+            print("Called get_outputs with not a camera")
+            return {}
+        if self.training:
+            camera_to_world = self.camera_optimizer.apply_to_camera(camera)
+        else:
+            camera_to_world = camera.camera_to_worlds
+        scale = self._get_downscale_factor()
+        camera.rescale_output_resolution(1 / scale)
+        view = View.from_camera(camera, camera_to_world)
+        camera.rescale_output_resolution(scale)  # type: ignore[arg-type]
+        self.last_size = (view.height, view.width)
+
+        working = self.engine.begin(view) if self.training else self.engine.fetch(view)
+        depth = self.config.output_depth_during_training or not self.training
+        rendering = self._rasterize(working, view, world_to_camera(camera_to_world), depth)
+        if self.training and self.step < self.strategy.refine_stop_iter:
+            working.statistics = lambda: screen_statistics(rendering, view)
+
+        background = self._get_background_color()
+        rgb = torch.clamp(rendering.rgb + (1 - rendering.alpha) * background, 0.0, 1.0)
+        if self.config.use_bilateral_grid and self.training:
+            metadata = camera.metadata
+            if metadata is not None and "cam_idx" in metadata:
+                rgb = self._apply_bilateral_grid(
+                    rgb[None], metadata["cam_idx"], view.height, view.width
+                ).squeeze(0)
+        depth_image = rendering.depth
+        if depth_image is not None:
+            farthest = depth_image.detach().max()
+            depth_image = torch.where(rendering.alpha > 0, depth_image, farthest)
+        if not self.training:
+            background = background.expand(view.height, view.width, 3)
+        return {
+            "rgb": rgb,
+            "depth": depth_image,
+            "accumulation": rendering.alpha,
+            "background": background,
+        }
+
+    def _rasterize(
+        self, working: WorkingSet, view: View, viewmat: Tensor, depth: bool
+    ) -> Rendering:
+        leaves = working.leaves
+        if self.crop_box is not None and not self.training:
+            inside = self.crop_box.within(leaves["means"]).squeeze(-1)
+            leaves = {name: leaf[inside] for name, leaf in leaves.items()}
+        features_dc, features_rest = leaves["features_dc"], leaves["features_rest"]
+        if self.config.sh_degree > 0:
+            colors = torch.cat((features_dc[:, None, :], features_rest), dim=1)
+            sh_degree = min(self.step // self.config.sh_degree_interval, self.config.sh_degree)
+        else:
+            # The empty features_rest takes part, so that its optimizer steps like the others.
+            colors = torch.sigmoid(features_dc) + features_rest.sum()
+            sh_degree = None
+        return rasterize(
+            leaves["means"],
+            leaves["quats"],
+            torch.exp(leaves["scales"]),
+            torch.sigmoid(leaves["opacities"]).squeeze(-1),
+            colors,
+            viewmat,
+            torch.from_numpy(view.K).to(viewmat),
+            view.width,
+            view.height,
+            sh_degree=sh_degree,
+            depth=depth,
+            absgrad=self.strategy.absgrad and self.training,
+            antialiased=self.config.rasterize_mode == "antialiased",
+            near=view.near,
+            far=view.far,
+        )
+
+    # -- losses and metrics ----------------------------------------------------------------------
+
+    def get_loss_dict(
+        self, outputs: Any, batch: Any, metrics_dict: Any = None
+    ) -> dict[str, Tensor]:
+        config = self.config
+        truth = self.composite_with_background(
+            self.get_gt_img(batch["image"]), outputs["background"]
+        )
+        render = outputs["rgb"]
+        if "mask" in batch:
+            mask = self._downscale_if_required(batch["mask"]).to(self.device)
+            truth, render = truth * mask, render * mask
+        l1 = torch.abs(truth - render).mean()
+        ssim = self.ssim(truth.permute(2, 0, 1)[None], render.permute(2, 0, 1)[None])
+        losses = {
+            "main_loss": (1 - config.ssim_lambda) * l1 + config.ssim_lambda * (1 - ssim),
+            "scale_reg": self._scale_regularization(),
+        }
+        if self.training:
+            self.camera_optimizer.get_loss_dict(losses)
+            if config.use_bilateral_grid:
+                losses["tv_loss"] = 10 * total_variation_loss(self.bil_grids.grids)
+        return losses
+
+    def _scale_regularization(self) -> Tensor:
+        """PhysGaussian's penalty of needles, on the rows of the view.
+
+        splatfacto averages over all Gaussians; ours has the same weight per Gaussian, but those
+        outside of the view are left alone.
+        """
+        working = self.engine.current
+        if not (self.config.use_scale_regularization and self.step % 10 == 0 and working):
+            return torch.zeros((), device=self.device)
+        scales = torch.exp(working.leaves["scales"])
+        ratio = scales.amax(dim=-1) / scales.amin(dim=-1)
+        excess = torch.clamp_min(ratio - self.config.max_gauss_ratio, 0.0)
+        return 0.1 * excess.sum() / max(1, self.num_points)
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        truth = self.composite_with_background(
+            self.get_gt_img(batch["image"]), outputs["background"]
+        )
+        render = outputs["rgb"]
+        images = {"img": torch.cat([truth, render], dim=1)}
+        metrics: dict[str, float] = {}
+        self._add_metrics(metrics, "", truth, render)
+        if self.config.color_corrected_metrics:
+            self._add_metrics(metrics, "cc_", truth, color_correct(render, truth))
+        return metrics, images
+
+    def _add_metrics(
+        self, metrics: dict[str, float], prefix: str, truth: Tensor, render: Tensor
+    ) -> None:
+        truth, render = (torch.moveaxis(image, -1, 0)[None] for image in (truth, render))
+        metrics[prefix + "psnr"] = float(self.psnr(truth, render))
+        metrics[prefix + "ssim"] = float(self.ssim(truth, render))
+        lpips = self.lpips(truth, render)
+        if lpips is not None:
+            metrics[prefix + "lpips"] = float(lpips)
+
+
+def world_to_camera(camera_to_world: Tensor) -> Tensor:
+    """[4, 4] world-to-camera matrix in OpenCV axes of a camera-to-world [1, 3, 4] in OpenGL axes.
+
+    Differentiable, for the camera optimizer.
+    """
+    rotation = camera_to_world[0, :3, :3] * camera_to_world.new_tensor([1.0, -1.0, -1.0])
+    translation = -rotation.T @ camera_to_world[0, :3, 3:4]
+    bottom = camera_to_world.new_tensor([[0.0, 0.0, 0.0, 1.0]])
+    return torch.cat([torch.cat([rotation.T, translation], dim=1), bottom])
+
+
+@torch.no_grad()
+def screen_statistics(rendering: Rendering, view: View) -> ScreenStatistics:
+    """gsplat's densification statistics of one view, after its backward pass."""
+    half = rendering.means2d.new_tensor([view.width / 2.0, view.height / 2.0])
+    drawn = rendering.radii > 0
+    norms = (rendering.means2d_grad() * half).norm(dim=-1) * drawn
+    return norms, drawn.float(), rendering.radii.float() / max(view.width, view.height)
+
+
+def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
+    """Stop before the first step if a setting of the run cannot be honoured.
+
+    Raises:
+        GSScaleError: names the setting and what to do.
+    """
+    for name in GROUPS:
+        if not isinstance(optimizers.optimizers[name], DeferredAdam):
+            raise GSScaleError(
+                f"the optimizer of '{name}' is {type(optimizers.optimizers[name]).__name__}; rows "
+                "in host memory are optimized by DeferredAdam (DeferredAdamConfig), whose results "
+                "are Adam's"
+            )
+        if trainer.gradient_accumulation_steps[name] != 1:
+            raise GSScaleError(
+                f"gradient accumulation for '{name}' is not supported, because each step has its "
+                "own working set; remove --gradient-accumulation-steps for the Gaussians"
+            )
+    if trainer.mixed_precision or trainer.use_grad_scaler:
+        raise GSScaleError(
+            "mixed precision and gradient scaling are not supported (splatfacto trains in float32 "
+            "too); remove --mixed-precision and --use-grad-scaler"
+        )
+    if trainer.world_size > 1:
+        raise GSScaleError(
+            "training on several GPUs is not supported; use --machine.num-devices 1"
+        )
+
+
+def print_summary(model: GSScaleModel) -> None:
+    """One line at start: what lives where."""
+    store = model.engine.store
+    CONSOLE.print(
+        f"gsscale: {len(store):,} Gaussians in host memory "
+        f"({len(store) * store.row_bytes / 2**20:.0f} MiB), rasterized on {model.device}",
+        highlight=False,
+    )

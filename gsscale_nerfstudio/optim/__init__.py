@@ -1,0 +1,5 @@
+"""Deferred Adam."""
+
+from gsscale_nerfstudio.optim.deferred_adam import DeferredAdam as DeferredAdam
+from gsscale_nerfstudio.optim.deferred_adam import DeferredAdamConfig as DeferredAdamConfig
+from gsscale_nerfstudio.optim.history import AdamHistory as AdamHistory

@@ -1,0 +1,163 @@
+"""What Adam did at past steps, in the form that lets a row catch up in one go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.store.layout import GROUPS, RowLayout
+
+_NEGLIGIBLE = 1e-12
+"""Skipped terms smaller than this share of the first one are dropped (float32 holds 6e-8)."""
+
+_LONGEST_HORIZON = 4096
+
+
+class AdamHistory:
+    r"""Tables of the deferred Adam update (GS-Scale, section 4.3; here without a cap).
+
+    An element's state (w, m, v) is current for step s and its gradient is zero for s+1 .. t. With
+    :math:`r = \beta_1/\sqrt{\beta_2}` and
+    :math:`a_i = lr_i \sqrt{1-\beta_2^i} / (1-\beta_1^i)`, dense Adam's moves add up to
+
+    .. math::
+        w_t = w_s - S(s,t) \frac{m_s}{\sqrt{v_s} + \epsilon f_s}, \quad
+        S(s,t) = \sum_{i=s+1}^{t} r^{i-s} a_i, \quad
+        f_s = \sqrt{(1-\beta_2^{s+1})/\beta_2}
+
+    and :math:`m_t = \beta_1^{t-s} m_s`, :math:`v_t = \beta_2^{t-s} v_s`. :math:`f_s` makes the
+    first skipped step exact for any eps; later ones differ by the growth of
+    :math:`\epsilon/\sqrt{v}`, nothing at Nerfstudio's eps of 1e-15.
+
+    ``skip[k] = S(t-k, t)`` for k up to the horizon K follows from step to step as
+    ``skip[k+1] <- skip[k] + r^(k+1) a_t``. Terms beyond K are below rounding, so
+    :math:`S(s,t) = S(s,s+K)`, the entry that drops off the end of ``skip``: it is kept in ``tail``,
+    one float per step and group.
+
+    Args:
+        layout: the columns of a row.
+        lr: learning rate of each group, for step 1.
+        eps: eps of each group, > 0.
+        betas: Adam's decay rates, the same for all groups.
+
+    Raises:
+        GSScaleError: betas or eps for which the closed form does not hold.
+    """
+
+    def __init__(
+        self,
+        layout: RowLayout,
+        lr: Mapping[str, float],
+        eps: Mapping[str, float],
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.layout = layout
+        self.beta1, self.beta2 = betas
+        ratio = self.beta1 / math.sqrt(self.beta2)
+        self.horizon = (
+            1 if ratio == 0 else math.ceil(math.log(_NEGLIGIBLE) / math.log(ratio)) if ratio < 1 else 0
+        )
+        if not 0 < self.horizon <= _LONGEST_HORIZON:
+            raise GSScaleError(
+                f"betas {betas} cannot be deferred: beta1 must stay clearly below sqrt(beta2), as "
+                "in Adam's default (0.9, 0.999)"
+            )
+        for name, value in eps.items():
+            if not value > 0:
+                raise GSScaleError(
+                    f"the optimizer of '{name}' has eps {value}; gsscale needs eps > 0 (splatfacto "
+                    "uses 1e-15), because rows that were never seen have zero moments"
+                )
+        self.step = 0
+        self._power = ratio ** np.arange(self.horizon + 1)
+        self._skip = np.zeros((self.horizon + 1, len(GROUPS)))
+        self._tail = np.zeros((1024, len(GROUPS)), dtype=np.float32)
+        self._eps_scale = np.zeros(1024, dtype=np.float32)
+        self._eps_scale[0] = self._eps_factor(0)
+        steps = np.arange(self.horizon + 1)
+        self._decay1 = (self.beta1**steps).astype(np.float32)
+        self._decay2 = (self.beta2**steps).astype(np.float32)
+        of = layout.group_of_column
+        self._group = of
+        self._eps = np.append([eps[name] for name in GROUPS], 1.0)[of].astype(np.float32)
+        # sup of a_i / lr_i: the first step's value, or 1 in the limit.
+        self._peak = max(1.0, math.sqrt(1 - self.beta2) / (1 - self.beta1))
+        self._lr_bound = np.array([lr[name] for name in GROUPS])
+        self._tables: _C.SkipTables | None = None
+
+    def _eps_factor(self, step: int) -> float:
+        return math.sqrt((1 - self.beta2 ** (step + 1)) / self.beta2)
+
+    def advance(self, lr: np.ndarray) -> bool:
+        """Record step ``self.step + 1``.
+
+        Args:
+            lr: [len(GROUPS)] learning rates in force at that step.
+
+        Returns:
+            True if a learning rate has outgrown the bound that the rows' spheres were computed
+            with, so that they must be refreshed (:meth:`rebound`) before the next culling.
+        """
+        self.step += 1
+        t = self.step
+        if t >= len(self._tail):
+            self._tail = np.concatenate([self._tail, np.zeros_like(self._tail)])
+            self._eps_scale = np.concatenate([self._eps_scale, np.zeros_like(self._eps_scale)])
+        if t > self.horizon:
+            self._tail[t - 1 - self.horizon] = self._skip[-1]
+        a = lr * math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
+        self._skip[1:] = self._skip[:-1] + self._power[1:, None] * a
+        self._eps_scale[t] = self._eps_factor(t)
+        self._tables = None
+        outgrown = lr > self._lr_bound
+        if outgrown.any():
+            # Room to grow, or a warm-up would force a refresh at every step.
+            self._lr_bound = np.where(outgrown, 2 * lr, self._lr_bound)
+            return True
+        return False
+
+    def rebound(self, lr: np.ndarray) -> None:
+        """Bound future motion by the learning rates ``lr``; all spheres must be refreshed."""
+        self._lr_bound = np.array(lr, dtype=np.float64)
+        self._tables = None
+
+    @property
+    def reach(self) -> np.ndarray:
+        """[width] float32: bound of S(step, infinity) of each column."""
+        ratio = self.beta1 / math.sqrt(self.beta2)
+        per_group = 1.01 * self._lr_bound * self._peak * ratio / (1 - ratio)
+        return np.append(per_group, 0.0)[self._group].astype(np.float32)
+
+    @property
+    def tables(self) -> _C.SkipTables:
+        """The kernels' view of this history at the present step."""
+        if self._tables is None:
+            skip = np.append(self._skip, np.zeros((self.horizon + 1, 1)), axis=1)
+            self._tables = _C.SkipTables(
+                step=self.step,
+                skip=np.ascontiguousarray(skip[:, self._group], dtype=np.float32),
+                tail=self._tail,
+                eps_scale=self._eps_scale,
+                decay1=self._decay1,
+                decay2=self._decay2,
+                eps=self._eps,
+                reach=self.reach,
+                group=self._group,
+                beta1=self.beta1,
+                beta2=self.beta2,
+            )
+        return self._tables
+
+    def restart(self, step: int) -> None:
+        """Continue from ``step`` with every row current for it (a loaded checkpoint)."""
+        self.step = step
+        size = max(1024, 1 << (step + 1).bit_length())
+        self._skip[:] = 0
+        self._tail = np.zeros((size, len(GROUPS)), dtype=np.float32)
+        self._eps_scale = np.zeros(size, dtype=np.float32)
+        self._eps_scale[step] = self._eps_factor(step)
+        self._tables = None

@@ -1,0 +1,72 @@
+"""A differentiable rasterizer in plain torch, for machines without CUDA and for tests.
+
+It draws what gsplat 1.4's kernels draw, to rounding: fast enough to train small scenes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .compositing import composite
+from .projection import project
+from .rendering import Rendering
+from .spherical_harmonics import sh_colors
+
+
+def rasterize_reference(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmat: Tensor,
+    K: Tensor,
+    width: int,
+    height: int,
+    *,
+    sh_degree: int | None,
+    depth: bool,
+    absgrad: bool,
+    antialiased: bool,
+    near: float,
+    far: float,
+) -> Rendering:
+    """Draw one view; arguments and result are those of :func:`.api.rasterize`, n > 0."""
+    radii, visible, splats = project(
+        means, quats, scales, viewmat, K, width, height, near=near, far=far
+    )
+    if sh_degree is None:
+        channels = colors[visible]
+    else:
+        camera_position = torch.linalg.inv(viewmat)[:3, 3]
+        channels = sh_colors(colors[visible], means[visible] - camera_position, sh_degree)
+    if depth:
+        channels = torch.cat([channels, splats.depths[:, None]], 1)
+    opacities = opacities[visible]
+    if antialiased:
+        opacities = opacities * splats.compensations
+
+    def of_all_rows(values: Tensor) -> Tensor:
+        return values.new_zeros(len(means), *values.shape[1:]).index_copy(0, visible, values)
+
+    means2d = of_all_rows(splats.means2d)
+    image, alpha = composite(
+        means2d,
+        of_all_rows(splats.conics),
+        of_all_rows(channels),
+        of_all_rows(opacities),
+        of_all_rows(splats.depths.detach()),
+        radii,
+        width,
+        height,
+        absgrad=absgrad,
+    )
+    return Rendering(
+        rgb=image[..., :3],
+        alpha=alpha,
+        depth=image[..., 3:] / alpha.clamp_min(1e-10) if depth else None,
+        radii=radii,
+        means2d_node=means2d,
+        absgrad=absgrad,
+    )

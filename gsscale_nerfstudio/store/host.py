@@ -1,0 +1,192 @@
+"""The host store: every row, its Adam moments and its bookkeeping, in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.store.layout import GROUPS, RowLayout
+from gsscale_nerfstudio.store.memory import ReservedArray, available_memory, memory_limit
+from gsscale_nerfstudio.store.order import morton_order
+
+UNBOUNDED_ROWS = 1 << 28
+"""Address space taken when the user names no capacity; physical memory is the limit then."""
+
+BLOCK = 256
+"""Consecutive rows that the culler bounds together."""
+
+_MOVE_ROWS = 1 << 18
+"""Rows moved at a time: bounds the temporary of a fancy-indexed copy (64 MiB at SH degree 3)."""
+
+
+class HostStore:
+    """All rows in three arrays of equal row width: ``params``, ``exp_avg``, ``exp_avg_sq``.
+
+    Each is ``[capacity, layout.width]`` float32; the first ``len(store)`` rows are in use. The
+    moments of rows that no optimizer has touched are pages never written, so a store that is only
+    rendered takes memory for ``params`` alone. ``spheres`` and ``blocks`` are the culler's bounds.
+
+    Args:
+        layout: the columns of a row.
+        max_rows: capacity; None takes as many rows as physical memory will hold.
+
+    Raises:
+        GSScaleError: ``max_rows`` rows cannot fit into this machine's memory.
+    """
+
+    def __init__(self, layout: RowLayout, max_rows: int | None = None) -> None:
+        self.layout = layout
+        if max_rows is not None:
+            needed, limit = max_rows * self.row_bytes, memory_limit()
+            if max_rows < 1:
+                raise GSScaleError(f"max-gaussians must be at least 1, not {max_rows}")
+            if needed > limit:
+                raise GSScaleError(
+                    f"{max_rows:,} Gaussians need {needed / 2**30:.1f} GiB of host memory and this "
+                    f"machine (or its container) has {limit / 2**30:.1f} GiB; lower "
+                    f"--pipeline.model.max-gaussians to at most {limit // self.row_bytes:,}"
+                )
+        self.capacity = max_rows or UNBOUNDED_ROWS
+        self._arrays = [ReservedArray(self.capacity, layout.width) for _ in range(3)]
+        self.params, self.exp_avg, self.exp_avg_sq = (a.tensor for a in self._arrays)
+        self._bounds = [
+            ReservedArray(self.capacity, 4),
+            ReservedArray((self.capacity + BLOCK - 1) // BLOCK, 8),
+        ]
+        self.spheres, self.blocks = (a.tensor for a in self._bounds)
+        self.kernel_rows = _C.Rows(
+            self.params.numpy(),
+            self.exp_avg.numpy(),
+            self.exp_avg_sq.numpy(),
+            self.spheres.numpy(),
+            layout.kernel_columns,
+        )
+        self._n = 0
+        self._dirty_end = 0  # rows from here on have never been written
+        self._unsorted = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of host memory that one Gaussian takes while it is trained."""
+        return 3 * self.layout.width * 4 + 16
+
+    # -- columns ---------------------------------------------------------------------------------
+
+    def column(self, name: str, array: Tensor | None = None) -> Tensor:
+        """Strided view [n, *shape] of one group's columns; no copy.
+
+        Args:
+            name: a group name of :data:`GROUPS`.
+            array: ``params`` (the default), ``exp_avg`` or ``exp_avg_sq``.
+        """
+        array = self.params if array is None else array
+        return array[: self._n, self.layout.columns[name]].unflatten(1, self.layout.shapes[name])
+
+    def bookkeeping(self, name: str) -> Tensor:
+        """Strided view [n] of one bookkeeping column."""
+        return self.params[: self._n, self.layout.bookkeeping[name]]
+
+    # -- growing and shrinking -------------------------------------------------------------------
+
+    def room(self) -> int:
+        """How many rows can still be added: capacity, and memory with some headroom for others."""
+        headroom = max(1 << 29, memory_limit() // 50)
+        by_memory = max(0, available_memory() - headroom) // self.row_bytes
+        return min(self.capacity - self._n, by_memory)
+
+    def resize(self, n: int) -> None:
+        """Set the number of rows in use. Added rows hold zeros."""
+        if not 0 <= n <= self.capacity:
+            raise GSScaleError(
+                f"{n:,} Gaussians exceed the store's capacity of {self.capacity:,}; raise "
+                "--pipeline.model.max-gaussians"
+            )
+        if n > self._n:
+            # Rows beyond the end are zero unless rows were removed there before.
+            for array in (self.params, self.exp_avg, self.exp_avg_sq):
+                fresh = array[self._n : min(n, self._dirty_end)]
+                if len(fresh):
+                    fresh.zero_()
+            if self._arrays[0].pinned_rows:
+                self.pin(n)
+        self._dirty_end = max(self._dirty_end, n, self._n)
+        self._n = n
+
+    def append(self, values: Mapping[str, Tensor], stamp: int) -> None:
+        """Add rows with zero moments and zero statistics, current for step ``stamp``.
+
+        Args:
+            values: one tensor [k, *shape] per group.
+            stamp: optimizer step that the rows are current for.
+        """
+        first, k = self._n, len(values["means"])
+        self.resize(first + k)
+        for name in GROUPS:
+            self.column(name)[first:] = values[name]
+        self.bookkeeping("stamp")[first:] = stamp
+        self._unsorted += k
+
+    def append_copies(self, ids: Tensor) -> Tensor:
+        """Append copies of rows: parameters, stamp and statistics; their moments are zero.
+
+        Returns:
+            ids of the new rows, int64.
+        """
+        first = self._n
+        self.resize(first + len(ids))
+        new = torch.arange(first, self._n)
+        for s, t in zip(ids.split(_MOVE_ROWS), new.split(_MOVE_ROWS), strict=True):
+            self.params[t] = self.params[s]
+        self._unsorted += len(ids)
+        return new
+
+    def zero_moments(self, ids: Tensor) -> None:
+        """Forget the moments of rows ``ids``."""
+        self.exp_avg[ids] = 0
+        self.exp_avg_sq[ids] = 0
+
+    def copy_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole rows (parameters, moments, bookkeeping) from ids ``source`` to ``target``."""
+        for array in (self.params, self.exp_avg, self.exp_avg_sq):
+            for s, t in zip(source.split(_MOVE_ROWS), target.split(_MOVE_ROWS), strict=True):
+                array[t] = array[s]
+
+    def remove(self, mask: Tensor) -> None:
+        """Remove the rows where ``mask`` [n] is True; rows from the end fill the holes."""
+        n_after = self._n - int(mask.sum())
+        holes = torch.nonzero(mask[:n_after]).flatten()
+        movers = n_after + torch.nonzero(~mask[n_after:]).flatten()
+        self.copy_rows(movers, holes)
+        self._unsorted += len(holes)
+        self.resize(n_after)
+
+    # -- order and memory ------------------------------------------------------------------------
+
+    @property
+    def unsorted_share(self) -> float:
+        """Share of rows that were added or moved since the last :meth:`sort`."""
+        return self._unsorted / max(1, self._n)
+
+    def sort(self) -> Tensor:
+        """Put the rows in Morton order of their means; extra memory about 20 bytes per row.
+
+        Returns:
+            [n] int32, ``order[i]`` is the former place of the row that is now at ``i``.
+        """
+        order = morton_order(self.params, self.layout.columns["means"].start, self._n)
+        for array in (self.params, self.exp_avg, self.exp_avg_sq):
+            _C.permute_rows(array.numpy(), order.numpy())
+        self._unsorted = 0
+        return order
+
+    def pin(self, n: int | None = None) -> None:
+        """Page-lock the rows in use (and those added later) for access by the GPU."""
+        for array in self._arrays:
+            array.pin(max(1, self._n if n is None else n))

@@ -1,0 +1,104 @@
+"""Which column of a row holds what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+GROUPS = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
+"""The optimized attributes, under splatfacto's names, in column order."""
+
+BOOKKEEPING = ("stamp", "grad2d", "count", "max_radius", "spare")
+"""One column each, behind the attributes; see :class:`RowLayout`."""
+
+_ALIGN = 16  # floats: rows start on cache lines and SIMD loops have no remainder
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Columns of a row, the record of one Gaussian in the host store.
+
+    Attributes (means 3, log-scales 3, quaternion wxyz 4, opacity logit 1, SH dc 3, SH rest
+    ``3 ((d+1)^2 - 1)``) come first, then the bookkeeping columns: ``stamp`` (the optimizer step up
+    to which the row is current, a whole number, exact in float32 up to 2^24), and gsplat's
+    densification statistics ``grad2d``, ``count``, ``max_radius``. The width is rounded up to 16
+    floats: 64 for SH degree 3.
+
+    Args:
+        sh_degree: maximum degree of the spherical harmonics, 0 to 4.
+    """
+
+    sh_degree: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sh_degree <= 4:
+            raise ValueError(f"sh_degree must be between 0 and 4, not {self.sh_degree}")
+
+    @property
+    def rest_bases(self) -> int:
+        """Number of SH bases above degree 0."""
+        return (self.sh_degree + 1) ** 2 - 1
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Per-row shape of each group, as splatfacto has them."""
+        return {
+            "means": (3,),
+            "scales": (3,),
+            "quats": (4,),
+            "opacities": (1,),
+            "features_dc": (3,),
+            "features_rest": (self.rest_bases, 3),
+        }
+
+    @cached_property
+    def columns(self) -> dict[str, slice]:
+        """Column range of each group."""
+        start, columns = 0, {}
+        for name in GROUPS:
+            stop = start + int(np.prod(self.shapes[name]))
+            columns[name] = slice(start, stop)
+            start = stop
+        return columns
+
+    @cached_property
+    def optimized(self) -> int:
+        """Number of optimized columns; they are the first ones."""
+        return self.columns[GROUPS[-1]].stop
+
+    @cached_property
+    def bookkeeping(self) -> dict[str, int]:
+        """Column of each bookkeeping value."""
+        return {name: self.optimized + i for i, name in enumerate(BOOKKEEPING)}
+
+    @cached_property
+    def width(self) -> int:
+        """Floats in a row."""
+        used = self.optimized + len(BOOKKEEPING)
+        return (used + _ALIGN - 1) // _ALIGN * _ALIGN
+
+    @cached_property
+    def group_of_column(self) -> np.ndarray:
+        """[width] int32: index into :data:`GROUPS`, ``len(GROUPS)`` for all other columns."""
+        of = np.full(self.width, len(GROUPS), dtype=np.int32)
+        for index, name in enumerate(GROUPS):
+            of[self.columns[name]] = index
+        return of
+
+    @cached_property
+    def kernel_columns(self) -> np.ndarray:
+        """[6] int32: the columns that the C++ row kernels ask for by name."""
+        b = self.bookkeeping
+        return np.array(
+            [
+                self.columns["means"].start,
+                self.columns["scales"].start,
+                b["stamp"],
+                b["grad2d"],
+                b["count"],
+                b["max_radius"],
+            ],
+            dtype=np.int32,
+        )

@@ -1,0 +1,126 @@
+"""Host memory that grows without being copied."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from gsscale_nerfstudio.errors import GSScaleError
+
+# Python names this flag from 3.13 on only; the value is Linux's on every architecture we build for.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
+_PIN_CHUNK = 256 << 20
+"""Bytes per cudaHostRegister call: small enough not to lock memory far ahead of its use."""
+
+
+def memory_limit() -> int:
+    """Bytes of physical memory this process may use: the machine's, or its cgroup's if smaller."""
+    limit = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limit = min(limit, int(text))
+    return limit
+
+
+def available_memory() -> int:
+    """Bytes of physical memory that can still be taken without swapping or being killed."""
+    available = psutil.virtual_memory().available
+    for limit_path, used_path in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            limit, used = Path(limit_path).read_text().strip(), Path(used_path).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit() and used.isdigit():
+            available = min(available, int(limit) - int(used))
+    return available
+
+
+class ReservedArray:
+    """A float32 or int32 array ``[capacity, width]`` of reserved, not yet used, host memory.
+
+    Address space for the capacity is taken once (anonymous, not reserved against swap), so growing
+    never moves or copies a row; the kernel supplies zeroed pages, huge ones where it can, when they
+    are first written.
+
+    Args:
+        capacity: number of rows that address space is taken for.
+        width: elements per row.
+        dtype: element type.
+
+    Raises:
+        GSScaleError: the system refuses the address space (``ulimit -v``, strict overcommit).
+    """
+
+    def __init__(self, capacity: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self._row_bytes = width * dtype.itemsize
+        size = max(1, capacity) * self._row_bytes
+        try:
+            self._map = mmap.mmap(-1, size, flags=_MAP_FLAGS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise GSScaleError(
+                f"the system refused {size / 2**30:.1f} GiB of address space for {capacity:,} "
+                f"Gaussians ({error}); lower --pipeline.model.max-gaussians, or raise `ulimit -v` "
+                "and allow overcommit (sysctl vm.overcommit_memory=1)"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel without huge pages: slower, not wrong
+        flat = torch.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize)
+        self.tensor: Tensor = flat.view(max(1, capacity), width)
+        self._pinned = 0
+
+    @property
+    def pinned_rows(self) -> int:
+        """Rows that lie in page-locked memory."""
+        return self._pinned // self._row_bytes
+
+    def pin(self, rows: int) -> None:
+        """Page-lock, in chunks, the memory of the first ``rows`` rows, so that GPUs can read it.
+
+        Raises:
+            GSScaleError: CUDA could not lock the memory.
+        """
+        total = self.tensor.numel() * self.tensor.element_size()
+        wanted = min(rows * self._row_bytes, total)
+        while self._pinned < wanted:
+            size = min(_PIN_CHUNK, total - self._pinned)
+            code = torch.cuda.cudart().cudaHostRegister(
+                self.tensor.data_ptr() + self._pinned, size, 0
+            )
+            if int(code) != 0:
+                raise GSScaleError(
+                    f"CUDA could not page-lock {size >> 20} MiB of host memory (error {int(code)}); "
+                    "raise the limit of locked memory (`ulimit -l unlimited`, or --ulimit "
+                    "memlock=-1 for a container) or free host memory"
+                )
+            self._pinned += size
+
+    def unpin(self) -> None:
+        """Give page-locked memory back to the system; the rows stay."""
+        start = 0
+        while start < self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr() + start)
+            start += _PIN_CHUNK
+        self._pinned = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_pinned", 0):
+            self.unpin()

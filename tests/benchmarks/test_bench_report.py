@@ -1,0 +1,139 @@
+"""Means, differences and the generated page."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import report, results, summary, tables
+from benchmarks.report import ReportArgs
+
+
+def test_the_page_in_the_repository_is_what_the_results_give():
+    assert report.report(ReportArgs(check=True)) == 0, "run python benchmarks/report.py"
+
+
+def test_comparison_with_splatfacto(make_run, make_comparison):
+    comparison = make_comparison(
+        [
+            make_run(psnr=29.0, ssim=0.88, it_per_s_last_1000=90.0),
+            make_run(seed=43, psnr=30.0, ssim=0.90, it_per_s_last_1000=110.0),
+            make_run("gsscale", psnr=29.6, gaussians=880_000, it_per_s_last_1000=150.0),
+            make_run(
+                "gsscale",
+                seed=43,
+                psnr=29.8,
+                gaussians=880_000,
+                it_per_s_last_1000=None,
+                peak_gpu_allocated_bytes=1_000_000_000,
+            ),
+            make_run("gsscale", seed=44, psnr=None, error="out of memory"),
+        ]
+    )
+    splatfacto, gsscale = summary.compare_groups(comparison)
+    assert splatfacto.psnr_difference == 0 and splatfacto.speed_ratio == 1
+    assert splatfacto.group.deviation("psnr") == pytest.approx(0.5**0.5)
+    assert gsscale.psnr_difference == pytest.approx(0.2)
+    assert gsscale.ssim_difference == pytest.approx(-0.01)
+    assert gsscale.gaussians_difference == pytest.approx(0.1)
+    assert gsscale.speed_ratio == pytest.approx(1.5), "an untimed run counts"
+    assert gsscale.memory_ratio == pytest.approx(0.75)
+    assert len(gsscale.group.runs) == 2 and len(gsscale.group.failed) == 1
+
+
+def test_no_ratio_without_a_splatfacto_run_of_the_same_machine(make_run, make_comparison):
+    only = make_comparison([make_run("gsscale")])
+    failed = make_comparison([make_run("gsscale"), make_run(error="killed")])
+    elsewhere = make_comparison([make_run(), make_run("gsscale", machine={"gpu": "other"})])
+    for comparison in (only, failed, elsewhere):
+        row = summary.compare_groups(comparison)[-1]
+        if comparison is failed:
+            row = summary.compare_groups(comparison)[0]
+        assert row.group.method == "gsscale"
+        assert row.speed_ratio is None and row.psnr_difference is None
+        assert row.memory_ratio is None and row.gaussians_difference is None
+
+
+def test_groups_tell_engines_settings_commits_apart(make_run, make_comparison):
+    comparison = make_comparison(
+        [
+            make_run(overrides=["a=1"]),
+            make_run("gsscale", overrides=["a=1"]),
+            make_run("gsscale", overrides=["a=1"], engine="resident"),
+            make_run("gsscale", overrides=["a=1", "b=2"]),
+            make_run("gsscale", overrides=["a=1"], commit="d" * 40 + "-dirty"),
+        ],
+        overrides=["a=1"],
+    )
+    assert [group.label for group in summary.group_runs(comparison)] == [
+        "splatfacto",
+        "gsscale (host)",
+        "gsscale (resident)",
+        "gsscale (host) b=2",
+        "gsscale (host) at ddddddd-dirty",
+    ]
+
+
+def test_tables(make_run, make_comparison):
+    comparison = make_comparison([make_run(), make_run("gsscale", error="killed")])
+    runs = tables.run_table(comparison)
+    assert runs.rows[0] == [
+        *["splatfacto", "42", "29.00", "0.8800", "800,000", "100.0", "150"],
+        *["2.00", "2.50", "3.00"],
+    ]
+    assert runs.rows[1][:3] == ["gsscale (host)", "42", "failed"]
+    means = tables.summary_table(comparison)
+    assert [row[0] for row in means.rows] == ["splatfacto"]
+    for table in (runs, means):
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert tables.failures(comparison) == ["gsscale (host), seed 42: killed"]
+
+
+def test_empty_page(tmp_path):
+    text = report.page(tmp_path)
+    assert "no results yet" in text and "it/s" not in text
+
+
+def test_page_says_where_its_numbers_come_from(tmp_path, make_run, make_comparison):
+    comparison = make_comparison(
+        [make_run(), make_run("gsscale", error="a | b\nc"), make_run(seed=43, parallel=3)],
+        overrides=["pipeline.model.cull-alpha-thresh=0.005"],
+    )
+    results.save(comparison, tmp_path / "park.json")
+    (tmp_path / "micro.json").write_text('{"kind": "something else"}')
+    text = report.page(tmp_path)
+    for part in (
+        "## park, 15,000 steps",
+        "Test GPU (24 GiB); Test CPU, 8 cores, 64 GiB RAM; torch 2.0",
+        f"`{'c' * 40}`",
+        comparison.command,
+        "`pipeline.model.cull-alpha-thresh=0.005`",
+        "22 held-out images",
+        "results/park.json",
+        "a \\| b c",
+        "up to 3 at a time",
+        "| splatfacto | 42 | 29.00 |",
+    ):
+        assert part in text, part
+    assert "micro" not in text
+
+
+def test_check(tmp_path, make_run, make_comparison, capsys):
+    args = ReportArgs(results=tmp_path / "results", page=tmp_path / "page.md")
+    results.save(make_comparison([make_run()]), args.results / "park.json")
+    check = ReportArgs(check=True, results=args.results, page=args.page)
+    assert report.report(check) == 1, "there is no page"
+    assert not args.page.exists()
+    assert report.report(args) == 0
+    assert report.report(check) == 0
+    args.page.write_text(args.page.read_text().replace("29.00", "29.01"))
+    assert report.report(check) == 1, "a number was typed by hand"
+    assert "report.py" in capsys.readouterr().err
+    assert report.report(args) == 0
+    results.save(make_comparison([make_run(psnr=28.0)]), args.results / "park.json")
+    assert report.report(check) == 1, "a result has changed"
+
+
+def test_a_broken_file_is_no_empty_page(tmp_path):
+    (tmp_path / "park.json").write_text('{"kind": "comparison"')
+    with pytest.raises(results.ResultsError, match=r"park\.json"):
+        report.page(tmp_path)

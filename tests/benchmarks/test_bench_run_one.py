@@ -1,0 +1,247 @@
+"""run_one.py: the config that it builds, the meter, and a whole run of a method made for this."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import images, machine, offline
+from benchmarks import progress as progress_file
+from benchmarks.host_memory import peak_host_bytes
+from benchmarks.meter import TrainingMeter, timed_steps
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def ns_config():
+    from benchmarks import ns_config
+
+    return ns_config
+
+
+def arguments(ns_config, scene: Path, overrides: list[str], engine: str | None = None) -> list[str]:
+    return ns_config.train_arguments(
+        method="splatfacto",
+        scene=scene,
+        steps=123,
+        seed=7,
+        engine=engine,
+        overrides=overrides,
+        dataparser_overrides=["eval-interval=4"],
+        output_dir=scene / "out",
+    )
+
+
+def test_splatfacto_config(ns_config, colmap_scene):
+    from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
+    from nerfstudio.models.splatfacto import SplatfactoModelConfig
+
+    overrides = [
+        "pipeline.model.cull-alpha-thresh=0.005",
+        "pipeline.model.grid-shape=1 2 3",
+        "optimizers.means.optimizer.lr=0.5",
+    ]
+    config = ns_config.parse(arguments(ns_config, colmap_scene, overrides))
+    model = config.pipeline.model
+    assert type(model) is SplatfactoModelConfig
+    assert (model.cull_alpha_thresh, model.grid_shape) == (0.005, (1, 2, 3))
+    assert model.densify_grad_thresh == SplatfactoModelConfig().densify_grad_thresh
+    assert config.optimizers["means"]["optimizer"].lr == 0.5
+    assert (config.max_num_iterations, config.machine.seed) == (123, 7)
+    assert config.pipeline.datamanager.data == colmap_scene
+    parser = config.pipeline.datamanager.dataparser
+    assert isinstance(parser, ColmapDataParserConfig)
+    assert (parser.colmap_path, parser.downscale_factor) == (Path("sparse/0"), 1)
+    assert parser.eval_interval == 4
+    assert not config.is_viewer_enabled() and not config.is_wandb_enabled()
+    assert str(config.get_base_dir()).startswith(str(colmap_scene / "out"))
+    # Nothing may interrupt the timed steps.
+    from nerfstudio.utils.misc import step_check
+
+    for period in (
+        config.steps_per_save,
+        config.steps_per_eval_batch,
+        config.steps_per_eval_image,
+        config.steps_per_eval_all_images,
+    ):
+        assert not any(step_check(step, period) for step in range(123))
+
+
+def test_a_setting_wins_over_ours(ns_config, colmap_scene):
+    words = arguments(ns_config, colmap_scene, ["machine.device-type=cpu", "machine.seed=9"])
+    config = ns_config.parse(words)
+    assert (config.machine.device_type, config.machine.seed) == ("cpu", 9)
+
+
+def test_unknown_names_are_refused(ns_config, colmap_scene, capsys):
+    with pytest.raises(ns_config.ConfigError, match="refuses"):
+        ns_config.parse(arguments(ns_config, colmap_scene, ["pipeline.model.nope=1"]))
+    assert "nope" in capsys.readouterr().err, "the reason must stand in the log"
+    with pytest.raises(ns_config.ConfigError, match="no method"):
+        ns_config.engine_arguments("nope", "host")
+    with pytest.raises(ns_config.ConfigError, match="engine 'resident'"):
+        ns_config.engine_arguments("splatfacto", "resident")
+    assert ns_config.engine_arguments("splatfacto", "host") == []
+    assert ns_config.engine_arguments("splatfacto", None) == []
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 1), (2, 1), (100, 50), (2000, 1000)])
+def test_timed_steps(steps, expected):
+    assert timed_steps(steps) == expected
+    assert timed_steps(30_000) == 1000
+
+
+def test_meter_times_the_last_steps_only(ns_config):
+    seen = []
+    meter = TrainingMeter(10, cuda=False, on_step=seen.append)
+    callback = meter.callback()
+    meter.start()
+    for step in range(10):
+        time.sleep(0.04 if step < 5 else 0.01)
+        callback.run_callback(step)
+    assert seen == list(range(1, 11))
+    result = meter.result
+    assert result is not None and result["timed_steps"] == 5
+    assert 60 < result["it_per_s_last_1000"] < 100, "slow early steps count"
+    assert result["wall_s"] >= 0.25
+    assert result["peak_gpu_allocated_bytes"] is None
+    assert result["peak_host_bytes"] > 1e8
+
+
+def test_host_peak_is_the_process_own():
+    """A child must not start with its parent's peak, as ``ru_maxrss`` does."""
+    ballast = np.ones(400_000_000, dtype=np.uint8)
+    assert peak_host_bytes() > ballast.nbytes
+    code = "from benchmarks.host_memory import peak_host_bytes as peak; print(peak())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < ballast.nbytes
+
+
+def test_progress(tmp_path):
+    path = tmp_path / "progress.json"
+    assert progress_file.read(path) == ("starting", 0)
+    progress = progress_file.ProgressFile(path, 100)
+    progress.step(1)
+    progress.step(2)  # less than half a second later
+    assert progress_file.read(path) == ("training", 1)
+    progress.phase("evaluating", 100)
+    assert progress_file.read(path) == ("evaluating", 100)
+    progress_file.ProgressFile(None, 100).step(1)
+
+
+def test_jpegs_are_small_and_views_spread():
+    noise = np.random.default_rng(0).integers(0, 256, (600, 1600, 3), dtype=np.uint8)
+    encoded = images.to_jpeg(noise, 1200)
+    assert len(encoded) <= images.MAX_BYTES
+    smooth = np.broadcast_to(np.linspace(0, 255, 1600, dtype=np.uint8)[:, None], (600, 1600, 3))
+    picture = Image.open(io.BytesIO(images.to_jpeg(np.ascontiguousarray(smooth), 1200)))
+    assert picture.size == (1200, 450)
+    assert images.spread(22, 3) == [0, 7, 14]
+    assert images.spread(2, 3) == [0, 1]
+    assert images.spread(5, 0) == []
+
+
+def test_placeholder_stays_out_of_the_users_cache(tmp_path, monkeypatch):
+    import torchvision
+
+    made = []
+
+    def small_network(weights):
+        made.append(torch.rand(1))  # building a network draws random numbers
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(torchvision.models, "alexnet", small_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert offline.ensure_lpips_backbone(tmp_path / "scratch")
+    assert torch.equal(torch.rand(1), expected), "the run's random numbers were moved"
+    assert torch.hub.get_dir() == str(tmp_path / "scratch")
+    assert not (tmp_path / "cache").exists()
+    names = [path.name for path in (tmp_path / "scratch" / "checkpoints").iterdir()]
+    assert names == [offline.BACKBONE] and len(made) == 1
+    # The real weights are left alone and used.
+    torch.hub._hub_dir = None
+    real = tmp_path / "cache" / "hub" / "checkpoints" / offline.BACKBONE
+    real.parent.mkdir(parents=True)
+    real.write_bytes(b"real")
+    assert not offline.ensure_lpips_backbone(tmp_path / "other")
+    assert real.read_bytes() == b"real" and not (tmp_path / "other").exists()
+
+
+def write_scene(folder: Path, count: int = 4) -> Path:
+    """A transforms.json scene of grey images."""
+    frames = []
+    (folder / "images").mkdir(parents=True)
+    for index in range(count):
+        pose = np.eye(4)
+        pose[:3, 3] = [index, 0, 4]
+        name = f"images/{index}.png"
+        Image.new("RGB", (40, 30), (100, 150, 200)).save(folder / name)
+        frames.append({"file_path": name, "transform_matrix": pose.tolist()})
+    intrinsics = {"w": 40, "h": 30, "fl_x": 40.0, "fl_y": 40.0, "cx": 20.0, "cy": 15.0}
+    (folder / "transforms.json").write_text(json.dumps({**intrinsics, "frames": frames}))
+    return folder
+
+
+@pytest.mark.slow
+def test_compare_with_a_real_run(tmp_path):
+    """compare.py as a command: a training through Nerfstudio, images, the file."""
+    scene = write_scene(tmp_path / "grey")
+    # The placeholder's 233 MB are not what this tests.
+    weights = tmp_path / "cache" / "hub" / "checkpoints" / offline.BACKBONE
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    output = tmp_path / "grey.json"
+    done = subprocess.run(
+        [
+            *[sys.executable, str(machine.ROOT / "benchmarks" / "compare.py")],
+            *["--scene", str(scene), "--steps", "60", "--methods", "flat"],
+            *["--overrides", "machine.device-type=cpu", "flat:pipeline.model.start=0.5"],
+            *["--dataparser-overrides", "eval-mode=interval", "eval-interval=2"],
+            *["--output", str(output), "--logs", str(tmp_path / "logs"), "--commit", "abc"],
+            *["--save-images", str(tmp_path / "views"), "--images", "1"],
+        ],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(HERE),
+            "NERFSTUDIO_METHOD_CONFIGS": "flat=flat_method:flat",
+            "TORCH_HOME": str(tmp_path / "cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(output.read_text())
+    (run,) = data["runs"]
+    assert 25 < run["psnr"] < 100 and run["ssim"] == 0.5 and run["gaussians"] == 7
+    assert run["held_out_images"] == 2
+    assert run["it_per_s_last_1000"] > 0 and run["timed_steps"] == 30 and run["wall_s"] > 0
+    assert run["peak_host_bytes"] > 1e8 and run["peak_gpu_allocated_bytes"] is None
+    assert run["overrides"] == ["machine.device-type=cpu", "pipeline.model.start=0.5"]
+    assert data["machine"]["cores"] >= 1 and data["machine"]["torch"]
+    assert "lpips" not in output.read_text().lower()
+    assert str(tmp_path) not in output.read_text(), "a path of this machine"
+    assert sorted(path.name for path in (tmp_path / "views").iterdir()) == [
+        "grey-flat-seed42-view000-render.jpg",
+        "grey-flat-seed42-view000.jpg",
+    ]
+    assert Image.open(tmp_path / "views" / "grey-flat-seed42-view000.jpg").size == (80, 30)
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["flat-seed42.log"]

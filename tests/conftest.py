@@ -1,0 +1,32 @@
+"""Shared fixtures; keeps GPU tests away from machines without one."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # gsplat's first CUDA call would start a compilation of many minutes on a machine that has nvcc
+    # but no GPU, and fail after it. Here such a call fails at once.
+    stub = types.ModuleType("gsplat.cuda._backend")
+    stub._C = None  # type: ignore[attr-defined]
+    sys.modules["gsplat.cuda._backend"] = stub
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

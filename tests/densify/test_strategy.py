@@ -1,0 +1,216 @@
+"""Decisions and rows against gsplat's own DefaultStrategy on plain tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from gsplat.strategy import DefaultStrategy
+from gsplat.strategy.ops import reset_opa
+
+from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
+from gsscale_nerfstudio.densify.strategy import reset_opacities
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+
+LAYOUT = RowLayout(1)
+SETTINGS = dict(
+    prune_opa=0.1,
+    grow_grad2d=0.0008,
+    grow_scale3d=0.01,
+    grow_scale2d=0.05,
+    prune_scale3d=0.5,
+    prune_scale2d=0.15,
+    refine_scale2d_stop_iter=4000,
+    reset_every=3000,
+    absgrad=True,
+)
+
+
+def random_store(n: int = 4000) -> HostStore:
+    store = HostStore(LAYOUT, max_rows=3 * n)
+    values = {name: torch.randn(n, *LAYOUT.shapes[name]) for name in GROUPS}
+    values["scales"] = torch.log(10 ** (torch.rand(n, 3) * 4 - 3.5))
+    store.append(values, stamp=0)
+    used = LAYOUT.optimized
+    store.exp_avg[:n, :used] = torch.randn(n, used)
+    store.exp_avg_sq[:n, :used] = torch.rand(n, used)
+    store.bookkeeping("count")[:] = torch.randint(0, 5, (n,))
+    store.bookkeeping("grad2d")[:] = torch.rand(n) * 0.006
+    store.bookkeeping("max_radius")[:] = torch.rand(n) * 0.2
+    return store
+
+
+def as_gsplat(store: HostStore):
+    """The same Gaussians as Parameters with ordinary Adam optimizers and strategy state."""
+    params, optimizers = {}, {}
+    for name in GROUPS:
+        params[name] = torch.nn.Parameter(store.column(name).clone())
+        optimizers[name] = torch.optim.Adam([params[name]])
+        optimizers[name].state[params[name]] = {
+            "step": torch.tensor(7.0),
+            "exp_avg": store.column(name, store.exp_avg).clone(),
+            "exp_avg_sq": store.column(name, store.exp_avg_sq).clone(),
+        }
+    state = {
+        "grad2d": store.bookkeeping("grad2d").clone(),
+        "count": store.bookkeeping("count").clone(),
+        "radii": store.bookkeeping("max_radius").clone(),
+        "scene_scale": 1.0,
+    }
+    return params, optimizers, state
+
+
+def table_of_store(store: HostStore) -> torch.Tensor:
+    columns = [store.column(name).flatten(1) for name in GROUPS]
+    for array in (store.exp_avg, store.exp_avg_sq):
+        columns += [store.column(name, array).flatten(1) for name in GROUPS]
+    columns += [store.bookkeeping(n)[:, None] for n in ("grad2d", "count", "max_radius")]
+    return sort_rows(torch.cat(columns, dim=1))
+
+
+def table_of_gsplat(params, optimizers, state) -> torch.Tensor:
+    columns = [params[name].detach().flatten(1) for name in GROUPS]
+    for key in ("exp_avg", "exp_avg_sq"):
+        columns += [optimizers[name].state[params[name]][key].flatten(1) for name in GROUPS]
+    columns += [state[key][:, None] for key in ("grad2d", "count", "radii")]
+    return sort_rows(torch.cat(columns, dim=1))
+
+
+def sort_rows(table: torch.Tensor) -> torch.Tensor:
+    """Order does not matter, the set of rows does: by the first mean, and for a duplicate, which
+    has its source's parameters and no moments, by the first moment."""
+    table = table[table[:, LAYOUT.optimized].argsort(stable=True)]
+    return table[table[:, 0].argsort(stable=True)]
+
+
+@pytest.mark.parametrize("step", [600, 3500, 5000])
+def test_grow_and_prune_give_gsplats_rows(step):
+    store = random_store()
+    theirs = DefaultStrategy(**SETTINGS)
+    ours = RowStrategy(**SETTINGS)
+    params, optimizers, state = as_gsplat(store)
+    torch.manual_seed(1)
+    expected = theirs._grow_gs(params, optimizers, state, step)
+    torch.manual_seed(1)
+    assert ours.grow(store, step) == expected
+    assert expected[0] > 50 and expected[1] > 50
+    torch.testing.assert_close(
+        table_of_store(store), table_of_gsplat(params, optimizers, state), rtol=1e-6, atol=1e-6
+    )
+    pruned = theirs._prune_gs(params, optimizers, state, step)
+    assert ours.prune(store, step) == pruned > 50
+    torch.testing.assert_close(
+        table_of_store(store), table_of_gsplat(params, optimizers, state), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_opacity_reset_is_gsplats():
+    store = random_store()
+    params, optimizers, state = as_gsplat(store)
+    reset_opa(params, optimizers, state, value=0.2)
+    reset_opacities(store, 0.2)
+    assert torch.equal(table_of_store(store), table_of_gsplat(params, optimizers, state))
+
+
+class FakeEngine:
+    """Counts what refine() asks of the engine."""
+
+    def __init__(self, store: HostStore) -> None:
+        self.store = store
+        self.calls: list[str] = []
+
+    def settle(self) -> None:
+        self.calls.append("settle")
+
+    def rows_changed(self) -> None:
+        self.calls.append("rows_changed")
+
+
+@pytest.mark.parametrize("pause", [0, 150, 1500])
+def test_refines_and_resets_at_gsplats_steps(pause, monkeypatch):
+    """Every step from 0 to 7000: the same calls as DefaultStrategy.step_post_backward."""
+    settings = {**SETTINGS, "pause_refine_after_reset": pause, "refine_stop_iter": 6500}
+    settings |= {"refine_start_iter": 500, "refine_every": 100}
+    expected, got = [], []
+    theirs = DefaultStrategy(**settings)
+    monkeypatch.setattr(theirs, "_update_state", lambda *a, **k: None)
+    monkeypatch.setattr(
+        theirs, "_grow_gs", lambda p, o, s, step: expected.append(("grow", step)) or (0, 0)
+    )
+    monkeypatch.setattr(
+        theirs, "_prune_gs", lambda p, o, s, step: expected.append(("prune", step)) or 0
+    )
+    monkeypatch.setattr(
+        "gsplat.strategy.default.reset_opa", lambda **k: expected.append(("reset", k["value"]))
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    ours = RowStrategy(**settings)
+    monkeypatch.setattr(ours, "grow", lambda store, step: got.append(("grow", step)) or (0, 0))
+    monkeypatch.setattr(ours, "prune", lambda store, step: got.append(("prune", step)) or 0)
+    monkeypatch.setattr(
+        "gsscale_nerfstudio.densify.strategy.reset_opacities",
+        lambda store, value: got.append(("reset", value)),
+    )
+    engine = FakeEngine(random_store(10))
+    state = {k: torch.zeros(1) for k in ("grad2d", "count", "radii")}
+    for step in range(7000):
+        theirs.step_post_backward({"means": torch.zeros(1)}, {}, state, step, {})
+        ours.refine(engine, step)  # type: ignore[arg-type]
+    assert got == expected
+    assert len(got) > 40
+
+
+def test_statistics_restart_after_a_refinement():
+    store = random_store()
+    engine = FakeEngine(store)
+    RowStrategy(**SETTINGS, refine_start_iter=500).refine(engine, 600)  # type: ignore[arg-type]
+    assert engine.calls == ["settle", "rows_changed"]
+    for name in ("grad2d", "count", "max_radius"):
+        assert not store.bookkeeping(name).any()
+
+
+def test_a_full_store_keeps_the_most_needed_growth(capsys):
+    n = 4000
+    store = random_store(n)
+    strategy = RowStrategy(**SETTINGS)
+    duplicates, splits = strategy.grow_masks(store, 5000)
+    room = int((duplicates | splits).sum()) // 2
+    store.capacity = n + room
+    duplicated, split = strategy.grow(store, 5000)
+    assert duplicated + split == room and len(store) == n + room
+    assert "store is full" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_full_store_turns_the_least_needed_away():
+    store = random_store()
+    strategy = RowStrategy(**SETTINGS)
+    duplicates, splits = strategy.grow_masks(store, 5000)
+    before = duplicates | splits
+    strategy._fit(store, duplicates, splits)
+    assert torch.equal(duplicates | splits, before)  # room for all
+    store.capacity = len(store) + int(before.sum()) // 2
+    strategy._fit(store, duplicates, splits)
+    kept = duplicates | splits
+    need = store.bookkeeping("grad2d") / store.bookkeeping("count").clamp_min(1)
+    assert int(kept.sum()) == int(before.sum()) // 2
+    assert need[before & ~kept].max() <= need[kept].min()
+
+
+@pytest.mark.parametrize("images", [2_000, 2_900, 10_000, 1_000_000])
+def test_densification_never_goes_silent(images, capsys):
+    pause = pause_after_reset(images, refine_every=100, reset_every=3000)
+    active = [s for s in range(3000) if s % 100 == 0 and s % 3000 >= pause]
+    assert len(active) >= 15
+    assert "densification" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("images", [1, 50, 300, 1400])
+def test_smaller_sets_keep_splatfactos_pause(images):
+    assert pause_after_reset(images, refine_every=100, reset_every=3000) == images + 100
+
+
+def test_has_every_field_of_gsplats_strategy():
+    ours = {f.name: f.default for f in dataclasses.fields(RowStrategy)}
+    for f in dataclasses.fields(DefaultStrategy):
+        assert ours[f.name] == f.default

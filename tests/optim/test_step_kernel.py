@@ -1,0 +1,128 @@
+"""settle_and_step against torch.optim.Adam."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.optim.history import AdamHistory
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+
+
+def run_against_dense_adam(degree: int, steps: int = 200, n: int = 600) -> float:
+    """Largest error of the deferred rows, relative to each group's largest value."""
+    layout = RowLayout(degree)
+    rng = torch.Generator().manual_seed(degree)
+    store = HostStore(layout, max_rows=n)
+    store.resize(n)
+    used = layout.optimized
+    store.params[:, :used] = torch.randn(n, used, generator=rng)
+    dense = {
+        name: torch.nn.Parameter(store.column(name).flatten(1).clone()) for name in GROUPS
+    }
+    lr = {name: 10.0 ** -(1 + i % 3) for i, name in enumerate(GROUPS)}
+    adams = {
+        name: torch.optim.Adam([dense[name]], lr=lr[name], eps=1e-15) for name in GROUPS
+    }
+    history = AdamHistory(layout, lr, dict.fromkeys(GROUPS, 1e-15))
+    for step in range(steps):
+        factor = 0.1 ** (step / steps)
+        # A tenth of the rows, and now and then none at all.
+        seen = torch.rand(n, generator=rng) < (0.1 if step % 17 else 0.0)
+        ids = torch.nonzero(seen).flatten().int()
+        grads = torch.zeros(len(ids), layout.width)
+        grads[:, :used] = torch.randn(len(ids), used, generator=rng) * 0.01
+        lrs = np.array([factor * lr[name] for name in GROUPS])
+        for name, columns in layout.columns.items():
+            dense[name].grad = torch.zeros_like(dense[name])
+            dense[name].grad[ids.long()] = grads[:, columns]
+            adams[name].param_groups[0]["lr"] = factor * lr[name]
+            adams[name].step()
+        per_column = np.append(lrs, 0.0)[layout.group_of_column].astype(np.float32)
+        _C.settle_and_step(
+            store.kernel_rows, history.tables, ids.numpy(), grads.numpy(), per_column
+        )
+        history.advance(lrs)
+    _C.settle_range(store.kernel_rows, history.tables, 0, n)
+    worst = 0.0
+    for name in GROUPS:
+        if dense[name].numel():
+            error = (store.column(name).flatten(1) - dense[name]).abs().max()
+            worst = max(worst, float(error / dense[name].abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3, 4])
+def test_equals_dense_adam(degree):
+    assert run_against_dense_adam(degree) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_equals_dense_adam(isa):
+    """The choice is made once per process, so the narrower kernels run in a new one."""
+    code = (
+        "from tests.optim.test_step_kernel import run_against_dense_adam as run\n"
+        "from gsscale_nerfstudio import _C\n"
+        "print(_C.isa(), run(3))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "GSSCALE_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path + ["."])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    used, error = done.stdout.split()
+    assert used in ("baseline", isa)
+    assert float(error) < 1e-5
+
+
+def test_statistics_add_up_and_do_not_disturb_the_moments():
+    layout = RowLayout(1)
+    store = HostStore(layout, max_rows=3)
+    store.resize(3)
+    history = AdamHistory(layout, dict.fromkeys(GROUPS, 0.1), dict.fromkeys(GROUPS, 1e-15))
+    columns = layout.bookkeeping
+    ids = np.array([0, 2], dtype=np.int32)
+    for radius in (0.5, 0.25):
+        grads = np.zeros((2, layout.width), dtype=np.float32)
+        grads[:, columns["grad2d"]] = [1.5, 2.0]
+        grads[:, columns["count"]] = 1
+        grads[:, columns["max_radius"]] = radius
+        _C.settle_and_step(
+            store.kernel_rows, history.tables, ids, grads, np.zeros(layout.width, np.float32)
+        )
+        history.advance(np.zeros(len(GROUPS)))
+    assert store.bookkeeping("grad2d").tolist() == [3.0, 0.0, 4.0]
+    assert store.bookkeeping("count").tolist() == [2.0, 0.0, 2.0]
+    assert store.bookkeeping("max_radius").tolist() == [0.5, 0.0, 0.5]
+    assert store.bookkeeping("stamp").tolist() == [2.0, 0.0, 2.0]
+    assert not store.exp_avg[:3].any() and not store.exp_avg_sq[:3].any()
+
+
+@pytest.mark.parametrize("ids", [[-1], [3]])
+def test_ids_outside_of_the_store_are_refused(ids):
+    layout = RowLayout(0)
+    store = HostStore(layout, max_rows=3)
+    history = AdamHistory(layout, dict.fromkeys(GROUPS, 0.1), dict.fromkeys(GROUPS, 1e-15))
+    out = np.zeros((1, layout.width), dtype=np.float32)
+    with pytest.raises(ValueError, match="outside"):
+        _C.gather_settled(store.kernel_rows, history.tables, np.array(ids, np.int32), out)
+
+
+def test_moments_that_decay_to_denormals_become_zero():
+    layout = RowLayout(0)
+    store = HostStore(layout, max_rows=1)
+    store.resize(1)
+    store.exp_avg[0, 0], store.exp_avg_sq[0, 0] = 1e-37, 1e-36
+    history = AdamHistory(layout, dict.fromkeys(GROUPS, 0.1), dict.fromkeys(GROUPS, 1e-15))
+    for _ in range(5000):
+        history.advance(np.zeros(len(GROUPS)))
+    _C.settle_range(store.kernel_rows, history.tables, 0, 1)
+    assert store.exp_avg[0, 0] == 0 and store.exp_avg_sq[0, 0] == 0

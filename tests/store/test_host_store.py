@@ -1,0 +1,188 @@
+"""Rows stay together through every operation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.store.memory import ReservedArray
+from gsscale_nerfstudio.store.order import morton_order
+
+LAYOUT = RowLayout(1)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Random growth, splits, pruning and sorting against a plain dictionary of rows.
+
+    Each row carries an unmistakable name (its first opacity) in the model and in the store.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = HostStore(LAYOUT, max_rows=20_000)
+        self.model: dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.next_name = 1
+        self.rng = np.random.default_rng(0)
+
+    def names(self) -> np.ndarray:
+        return self.store.bookkeeping("spare").numpy().copy()
+
+    def snapshot(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        s = self.store
+        return tuple(a[row].numpy().copy() for a in (s.params, s.exp_avg, s.exp_avg_sq))
+
+    def fill(self, first: int, moments: bool) -> None:
+        s = self.store
+        for row in range(first, len(s)):
+            s.params[row, LAYOUT.bookkeeping["spare"]] = self.next_name
+            if moments:
+                s.exp_avg[row] = torch.from_numpy(self.rng.normal(size=LAYOUT.width))
+                s.exp_avg_sq[row] = torch.from_numpy(self.rng.random(LAYOUT.width))
+                for name in ("grad2d", "count", "max_radius"):
+                    s.params[row, LAYOUT.bookkeeping[name]] = float(self.rng.random())
+            self.model[self.next_name] = self.snapshot(row)
+            self.next_name += 1
+
+    @rule(count=st.integers(1, 600), stamp=st.integers(0, 1000))
+    def append(self, count, stamp):
+        first = len(self.store)
+        values = {
+            name: torch.from_numpy(self.rng.normal(size=(count, *LAYOUT.shapes[name]))).float()
+            for name in GROUPS
+        }
+        self.store.append(values, stamp)
+        assert not self.store.exp_avg[first : first + count].any()
+        assert not self.store.exp_avg_sq[first : first + count].any()
+        assert (self.store.bookkeeping("stamp")[first:] == stamp).all()
+        for name in GROUPS:
+            assert torch.equal(self.store.column(name)[first:], values[name])
+        self.fill(first, moments=True)
+
+    @rule(share=st.floats(0, 1))
+    def copy(self, share):
+        n = len(self.store)
+        ids = torch.nonzero(torch.from_numpy(self.rng.random(n) < share * 0.2)).flatten()
+        names = self.names()
+        new = self.store.append_copies(ids)
+        for source, copy in zip(ids.tolist(), new.tolist(), strict=True):
+            assert np.array_equal(self.snapshot(copy)[0], self.model[names[source]][0])
+            assert not self.store.exp_avg[copy].any()
+        self.fill(n, moments=False)
+
+    @rule(share=st.floats(0, 1))
+    def remove(self, share):
+        names = self.names()
+        mask = self.rng.random(len(self.store)) < share
+        self.store.remove(torch.from_numpy(mask))
+        for name in names[mask]:
+            del self.model[name]
+
+    @rule()
+    def sort(self):
+        self.store.sort()
+        assert self.store.unsorted_share == 0
+
+    @invariant()
+    def rows_are_whole(self):
+        names = self.names()
+        assert sorted(names) == sorted(self.model)
+        for row, name in enumerate(names):
+            for got, expected in zip(self.snapshot(row), self.model[name], strict=True):
+                assert np.array_equal(got, expected)
+
+
+StoreMachine.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=12, deadline=None
+)
+TestStore = StoreMachine.TestCase
+
+
+@pytest.mark.parametrize("degree, width", [(0, 32), (1, 32), (2, 48), (3, 64), (4, 96)])
+def test_row_width_follows_the_sh_degree(degree, width):
+    layout = RowLayout(degree)
+    assert layout.width == width
+    covered = sorted(c for s in layout.columns.values() for c in range(s.start, s.stop))
+    assert covered == list(range(layout.optimized))
+    assert len(set(layout.bookkeeping.values()) | set(covered)) == layout.optimized + 5
+
+
+def test_columns_are_views():
+    store = HostStore(LAYOUT, max_rows=10)
+    store.resize(4)
+    store.column("features_rest")[2, 1, 0] = 7
+    column = LAYOUT.columns["features_rest"].start + 3
+    assert store.params[2, column] == 7
+    assert store.column("means").data_ptr() == store.params.data_ptr()
+    assert store.column("means").stride() == (LAYOUT.width, 1)
+
+
+def test_reserving_is_not_using():
+    """Address space for a hundred million rows costs no memory and no time."""
+    array = ReservedArray(100_000_000, 64)
+    array.tensor[99_999_999, 63] = 1
+    with open("/proc/self/smaps_rollup") as smaps:
+        resident = next(int(line.split()[1]) for line in smaps if line.startswith("Rss"))
+    assert resident < 4 << 20  # KiB
+    assert array.tensor[99_999_999, 63] == 1 and array.tensor[50_000_000, 0] == 0
+
+
+def test_growth_does_not_move_rows():
+    store = HostStore(LAYOUT)
+    store.resize(10)
+    address = store.params.data_ptr()
+    store.resize(100_000)
+    assert store.params.data_ptr() == address
+
+
+def test_rows_that_come_back_hold_zeros():
+    store = HostStore(LAYOUT, max_rows=100)
+    store.resize(50)
+    for array in (store.params, store.exp_avg, store.exp_avg_sq):
+        array[:50] = 5
+    store.resize(10)
+    store.resize(60)
+    for array in (store.params, store.exp_avg, store.exp_avg_sq):
+        assert (array[:10] == 5).all() and not array[10:60].any()
+
+
+def test_too_much_is_refused_with_the_number_that_fits():
+    with pytest.raises(GSScaleError, match="lower --pipeline.model.max-gaussians to at most"):
+        HostStore(RowLayout(3), max_rows=10**11)
+    store = HostStore(LAYOUT, max_rows=5)
+    with pytest.raises(GSScaleError, match="capacity of 5"):
+        store.resize(6)
+
+
+def test_morton_order_brings_neighbours_together():
+    n = 20_000
+    rows = torch.zeros(n, 16)
+    rows[:, 2:5] = torch.rand(n, 3)
+    rows[0, 2:5] = torch.tensor([1e6, -1e6, float("nan")])  # an outlier must not coarsen the curve
+    order = morton_order(rows, 2, n)
+    assert torch.equal(order.long().sort().values, torch.arange(n))
+    points = rows[order.long(), 2:5]
+    step = torch.nanmean((points[1:] - points[:-1]).norm(dim=1).clamp_max(10))
+    before = torch.nanmean((rows[1:, 2:5] - rows[:-1, 2:5]).norm(dim=1).clamp_max(10))
+    assert step < before / 8
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 4096, 4097, 30_000])
+def test_permute_rows(n):
+    rows = torch.randn(max(n, 1), 16)
+    expected = rows.clone()
+    for order in (torch.randperm(n), torch.arange(n).flip(0), torch.arange(n).roll(1)):
+        expected[:n] = expected[order]
+        _C.permute_rows(rows.numpy(), order.int().numpy())
+        assert torch.equal(rows, expected)
+
+
+def test_permute_refuses_what_is_no_permutation():
+    with pytest.raises(ValueError, match="not a permutation"):
+        _C.permute_rows(torch.zeros(3, 16).numpy(), np.array([0, 1, 1], dtype=np.int32))
