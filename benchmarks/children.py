@@ -21,6 +21,8 @@ from benchmarks.plan import RunSpec
 
 POLL_S = 0.5
 TAIL_LINES = 25
+LOG_COLUMNS = "160"
+"""Without a terminal rich would break the log's lines, error messages too, at 80 columns."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -134,7 +136,7 @@ def _start(spec: RunSpec, command: Callable[[RunSpec, Files], list[str]], folder
             stdin=subprocess.DEVNULL,  # a question on the terminal would wait for ever
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": LOG_COLUMNS},
         )
     return _Child(spec, files, process, time.monotonic())
 

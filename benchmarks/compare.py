@@ -40,6 +40,7 @@ USER_ERRORS = (
     machine_info.MachineError,
     results.ResultsError,
 )
+LOG_WIDTH = 160
 RUN_ONE = Path(__file__).resolve().with_name("run_one.py")
 
 Command = Callable[[RunSpec, Files], list[str]]
@@ -142,7 +143,7 @@ def compare(args: CompareArgs, console: Console, command: Command | None = None)
         else:
             failed += 1
             console.print(f"[bold red]failed[/] {outcome.spec.label} after {minutes}:")
-            console.print(escape(tail(outcome.log) or run.error), highlight=False)
+            console.print(escape(tail(outcome.log) or run.error), highlight=False, soft_wrap=True)
 
     run_all(
         specs=todo,
@@ -163,16 +164,18 @@ def compare(args: CompareArgs, console: Console, command: Command | None = None)
 def print_tables(comparison: Comparison, console: Console) -> None:
     """Both tables and the failures."""
     console.print(f"{comparison.scene}, {comparison.steps:,} steps", style="bold")
-    console.print(escape(tables.describe_machine(comparison.machine)), highlight=False)
+    console.print(
+        escape(tables.describe_machine(comparison.machine)), highlight=False, soft_wrap=True
+    )
     for text in (tables.run_table(comparison), tables.summary_table(comparison)):
-        table = Table(*[escape(column) for column in text.columns])
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = Table()
+        for index, name in enumerate(text.columns):
+            table.add_column(escape(name), justify="right" if index else "left", overflow="fold")
         for row in text.rows:
             table.add_row(*[escape(cell) for cell in row])
         console.print(table)
     for sentence in tables.failures(comparison):
-        console.print(f"[bold red]failed[/] {escape(sentence)}", highlight=False)
+        console.print(f"[bold red]failed[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -183,12 +186,16 @@ def main() -> int:
     """The command line. Exit status 1 when a run failed, 2 when nothing was started."""
     args = tyro.cli(CompareArgs, description=__doc__)
     console = Console()
+    if not console.is_terminal:  # a log can be as wide as the tables; the default is 80 columns
+        console.width = LOG_WIDTH
     # A time limit ends this process with SIGTERM: leave through the code that ends the children.
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     try:
         return 1 if compare(args, console) else 0
     except USER_ERRORS as error:
-        console.print(f"[bold red]compare:[/] {escape(str(error))}", highlight=False)
+        console.print(
+            f"[bold red]compare:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         return 2
 
 

@@ -104,10 +104,10 @@ void permute_rows(Floats2 rows, Ids order) {
 }  // namespace
 
 void bind_order(nb::module_ &m) {
-    m.def("morton_codes", &morton_codes, nb::arg("rows"), nb::arg("column"), nb::arg("n"),
-          nb::arg("box"), nb::arg("out"),
+    m.def("morton_codes", &morton_codes, nb::arg("rows").noconvert(), nb::arg("column"), nb::arg("n"),
+          nb::arg("box").noconvert(), nb::arg("out").noconvert(),
           "63-bit Morton codes of three float columns of the first n rows, inside box [2, 3].");
-    m.def("permute_rows", &permute_rows, nb::arg("rows"), nb::arg("order"),
+    m.def("permute_rows", &permute_rows, nb::arg("rows").noconvert(), nb::arg("order").noconvert(),
           "rows[i] <- rows[order[i]] in place; extra memory n / 4096 rows + n bytes.");
 }
 

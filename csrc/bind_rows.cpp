@@ -128,24 +128,25 @@ void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floa
 }  // namespace
 
 void bind_rows(nb::module_ &m) {
+    // noconvert: nanobind would otherwise hand us a converted copy and lose what we write to it.
     nb::class_<Store>(m, "Rows")
         .def(nb::init<Floats2, Floats2, Floats2, std::optional<Floats2>, Columns>(),
-             nb::arg("params"), nb::arg("exp_avg"), nb::arg("exp_avg_sq"),
-             nb::arg("spheres").none(), nb::arg("columns"));
+             nb::arg("params").noconvert(), nb::arg("exp_avg").noconvert(), nb::arg("exp_avg_sq").noconvert(),
+             nb::arg("spheres").noconvert().none(), nb::arg("columns").noconvert());
     nb::class_<Tables>(m, "SkipTables")
         .def(nb::init<int64_t, Floats2, Floats2, Floats1, Floats1, Floats1, Floats1, Floats1,
                       GroupOf, double, double>(),
-             nb::arg("step"), nb::arg("skip"), nb::arg("tail"), nb::arg("eps_scale"),
-             nb::arg("decay1"), nb::arg("decay2"), nb::arg("eps"), nb::arg("reach"),
-             nb::arg("group"), nb::arg("beta1"), nb::arg("beta2"));
-    m.def("gather_settled", &gather, nb::arg("rows"), nb::arg("tables"), nb::arg("ids"),
-          nb::arg("out"), "Settled params of the rows `ids` into `out`; the store is not written.");
+             nb::arg("step"), nb::arg("skip").noconvert(), nb::arg("tail").noconvert(), nb::arg("eps_scale").noconvert(),
+             nb::arg("decay1").noconvert(), nb::arg("decay2").noconvert(), nb::arg("eps").noconvert(), nb::arg("reach").noconvert(),
+             nb::arg("group").noconvert(), nb::arg("beta1"), nb::arg("beta2"));
+    m.def("gather_settled", &gather, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
+          nb::arg("out").noconvert(), "Settled params of the rows `ids` into `out`; the store is not written.");
     m.def("settle_range", &settle, nb::arg("rows"), nb::arg("tables"), nb::arg("begin"),
           nb::arg("end"), "Settle rows begin .. end - 1 in place, to the tables' step.");
     m.def("refresh_spheres", &refresh, nb::arg("rows"), nb::arg("tables"), nb::arg("begin"),
           nb::arg("end"), "Recompute the bounding spheres of rows begin .. end - 1.");
-    m.def("settle_and_step", &step, nb::arg("rows"), nb::arg("tables"), nb::arg("ids"),
-          nb::arg("grads"), nb::arg("lr"),
+    m.def("settle_and_step", &step, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
+          nb::arg("grads").noconvert(), nb::arg("lr").noconvert(),
           "Settle the rows `ids` to the tables' step t, then apply Adam step t + 1 with `grads`.");
 }
 

@@ -45,9 +45,9 @@ class GSScaleModelConfig(SplatfactoModelConfig):
 
     _target: type = field(default_factory=lambda: GSScaleModel)
     max_gaussians: int | None = None
-    """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3; densification
-    goes on with the most needed ones when the limit is reached. Unset: as many as host memory holds.
-    GPU memory and speed depend on the Gaussians that a view sees, not on this number."""
+    """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3. When the
+    limit is reached, densification goes on with the most needed ones only. Unset: as many as host
+    memory holds. GPU memory and speed depend on the Gaussians that a view sees, not on this."""
 
 
 class GSScaleModel(SplatfactoModel):
@@ -160,7 +160,7 @@ class GSScaleModel(SplatfactoModel):
 
     # -- rendering -------------------------------------------------------------------------------
 
-    def get_outputs(self, camera: Cameras) -> dict[str, Any]:
+    def get_outputs(self, camera: Any) -> dict[str, Any]:
         """Render one camera from the rows it sees.
 
         Args:
@@ -182,7 +182,7 @@ class GSScaleModel(SplatfactoModel):
         scale = self._get_downscale_factor()
         camera.rescale_output_resolution(1 / scale)
         view = View.from_camera(camera, camera_to_world)
-        camera.rescale_output_resolution(scale)  # type: ignore[arg-type]
+        camera.rescale_output_resolution(scale)
         self.last_size = (view.height, view.width)
 
         working = self.engine.begin(view) if self.training else self.engine.fetch(view)
@@ -353,9 +353,7 @@ def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
             "too); remove --mixed-precision and --use-grad-scaler"
         )
     if trainer.world_size > 1:
-        raise GSScaleError(
-            "training on several GPUs is not supported; use --machine.num-devices 1"
-        )
+        raise GSScaleError("training on several GPUs is not supported; use --machine.num-devices 1")
 
 
 def print_summary(model: GSScaleModel) -> None:

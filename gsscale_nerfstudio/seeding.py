@@ -39,10 +39,7 @@ def seed_rows(
     quats = random_quat_tensor(n)
     if colors is not None and len(colors) > 0:
         rgb = colors.float() / 255
-        if config.sh_degree > 0:
-            features_dc = RGB2SH(rgb)
-        else:
-            features_dc = torch.logit(rgb, eps=1e-10)
+        features_dc = RGB2SH(rgb) if config.sh_degree > 0 else torch.logit(rgb, eps=1e-10)
     else:
         features_dc = torch.rand(n, 3)
     return {

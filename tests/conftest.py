@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+
+# Last, so that `benchmarks` and `tests` can be imported and the installed package is what is
+# tested, not the source tree, which has no compiled module.
+sys.path.append(str(Path(__file__).parents[1]))
 
 if not torch.cuda.is_available():
     # gsplat's first CUDA call would start a compilation of many minutes on a machine that has nvcc
@@ -16,9 +21,7 @@ if not torch.cuda.is_available():
     sys.modules["gsplat.cuda._backend"] = stub
 
 
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]

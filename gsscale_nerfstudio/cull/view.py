@@ -102,8 +102,8 @@ class View:
             raise GSScaleError(
                 f"gsscale cannot render a camera of type {names.get(camera_type, camera_type)}: "
                 "the rasterizer draws pinhole images, and of the other types only "
-                f"{' and '.join(t.name for t in _DRAWN_TYPES[1:])} are undistorted to them; convert "
-                "the images to perspective views first"
+                f"{' and '.join(t.name for t in _DRAWN_TYPES[1:])} are undistorted to them; "
+                "convert the images to perspective views first"
             )
         pose = camera.camera_to_worlds if camera_to_world is None else camera_to_world
         return cls(
@@ -125,11 +125,11 @@ class View:
         No row that gsplat draws is outside. At depth z > 0 gsplat draws a circle of radius
         ``r <= ceil(c sqrt(v + blur))`` around ``u = fx x / z + cx``, where c is 3 or 3.33, v the
         larger eigenvalue of J S J^T, ``J = diag(fx, fy) [I | -l] / z``, S the row's covariance and
-        l its direction (x / z, y / z) clamped a little outside of the image. So ``z r <= g R + e z``
-        with ``g = max ||diag(fx, fy) [I | -l]||`` and ``e = c sqrt(blur) + 1``, the part that does
-        not grow with the row. The circle reaches the left border if u + r > 0, and then
-        ``fx x + (cx + e) z + g R > 0``: a plane. What it rejects lies to the left of the image, so g
-        is taken over such directions only. With ``k = max(g, |n|)``, k R also covers the motion m.
+        l its direction (x / z, y / z), clamped a little outside of the image. So
+        ``z r <= g R + e z`` with ``g = max ||diag(fx, fy) [I | -l]||`` and, not growing with the
+        row, ``e = c sqrt(blur) + 1``. A circle that reaches over the left border has u + r > 0 and
+        hence ``fx x + (cx + e) z + g R > 0``: a plane. What it rejects is to the left of the image,
+        so g is taken over such directions only. With ``k = max(g, |n|)``, k R covers m, too.
 
         blur is 0.3, plus 0.1 (or 0.32 with ``packed=True``) for the least distance that gsplat 1.4
         keeps between eigenvalue and mean: ``e = 3 sqrt(0.62) + 1``. gsplat 1.5 has

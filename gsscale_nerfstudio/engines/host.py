@@ -1,4 +1,4 @@
-"""The host engine: Adam runs on the CPU, the device sees working sets only (GS-Scale, section 4)."""
+"""The host engine: Adam runs on the CPU, the device sees working sets (GS-Scale, section 4)."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ class HostEngine(Engine):
     def _fetch(self, view: View, training: bool) -> WorkingSet:
         ids = self.culler.cull(view, len(self.store))
         staging = self._outgoing.rows(len(ids))
-        _C.gather_settled(
-            self.store.kernel_rows, self.history.tables, ids.numpy(), staging.numpy()
-        )
+        _C.gather_settled(self.store.kernel_rows, self.history.tables, ids.numpy(), staging.numpy())
         rows = staging.to(self.device, non_blocking=True)
         self._outgoing.copied()
         leaves: dict[str, Tensor] = {}

@@ -58,9 +58,7 @@ class AdamHistory:
         self.layout = layout
         self.beta1, self.beta2 = betas
         ratio = self.beta1 / math.sqrt(self.beta2)
-        self.horizon = (
-            1 if ratio == 0 else math.ceil(math.log(_NEGLIGIBLE) / math.log(ratio)) if ratio < 1 else 0
-        )
+        self.horizon = _horizon(ratio)
         if not 0 < self.horizon <= _LONGEST_HORIZON:
             raise GSScaleError(
                 f"betas {betas} cannot be deferred: beta1 must stay clearly below sqrt(beta2), as "
@@ -161,3 +159,10 @@ class AdamHistory:
         self._eps_scale = np.zeros(size, dtype=np.float32)
         self._eps_scale[step] = self._eps_factor(step)
         self._tables = None
+
+
+def _horizon(ratio: float) -> int:
+    """Number of skipped steps after which r^k is negligible; 0 if it never is."""
+    if ratio >= 1:
+        return 0
+    return max(1, math.ceil(math.log(_NEGLIGIBLE) / math.log(ratio))) if ratio > 0 else 1

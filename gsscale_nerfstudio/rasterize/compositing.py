@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .block_lists import BLOCK, MIN_ALPHA, BlockBatch, block_batches, grid_size
 
@@ -69,9 +70,8 @@ def composite(
     Returns:
         The composited colours, [H, W, C], and alphas, [H, W, 1].
     """
-    batches = block_batches(
-        *(tensor.detach() for tensor in (means2d, conics, opacities, depths)), radii, width, height
-    )
+    with torch.no_grad():
+        batches = block_batches(means2d, conics, opacities, depths, radii, width, height)
     image: Tensor = _Composite.apply(
         means2d, conics, colors, opacities, batches, width, height, absgrad
     )
@@ -105,7 +105,8 @@ class _Composite(torch.autograd.Function):
         return _from_blocks(image, columns, width, height)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         means2d, conics, colors, opacities = ctx.saved_tensors
         table = _table(means2d, conics, opacities, colors)
         columns, _ = grid_size(grad.shape[1], grad.shape[0])
@@ -166,7 +167,7 @@ class _Drawn:
         self._clamped = alpha > MAX_ALPHA if opacity.amax() > MAX_ALPHA else None
         if self._clamped is not None:
             alpha.clamp_max_(MAX_ALPHA)
-        F.threshold_(alpha, _just_below(MIN_ALPHA, alpha.dtype), 0.0)
+        torch.threshold_(alpha, _just_below(MIN_ALPHA, alpha.dtype), 0.0)
 
         after = torch.cumprod(1 - alpha, -1)
         if after[..., -1].amin() <= MIN_TRANSMITTANCE:
@@ -193,7 +194,7 @@ class _Drawn:
         behind[..., 0] = -h * self.transmittance
         behind[..., 1:] = weighted[..., 1:].flip(-1)
         behind = behind.cumsum(-1).flip(-1)
-        v = behind.mul_(self._alpha.div_(1 - self._alpha)).sub_(weighted)
+        v = behind.mul_(self._alpha / (1 - self._alpha)).sub_(weighted)
         if self._clamped is not None:
             v.masked_fill_(self._clamped, 0)
 
@@ -242,4 +243,6 @@ def _to_blocks(image: Tensor) -> Tensor:
 
 def _just_below(value: float, dtype: torch.dtype) -> float:
     """The largest number of ``dtype`` smaller than ``value`` is in it."""
-    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)).item()
+    return torch.nextafter(
+        torch.tensor(value, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)
+    ).item()

@@ -1,4 +1,4 @@
-"""Gaussians in the world -> ellipses on the screen (EWA splatting), differentiable, for one camera."""
+"""From Gaussians in the world to ellipses on the screen (EWA splatting), for one camera."""
 
 from __future__ import annotations
 
@@ -157,6 +157,6 @@ class _CompensationRoot(torch.autograd.Function):
         return root
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
         return grad * 0.5 / (root + 1e-6)

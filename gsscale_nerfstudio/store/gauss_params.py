@@ -92,4 +92,3 @@ class GaussParams(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.store)} rows in host memory"
-

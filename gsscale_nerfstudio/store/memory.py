@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -79,10 +80,8 @@ class ReservedArray:
                 "and allow overcommit (sysctl vm.overcommit_memory=1)"
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with suppress(OSError):  # a kernel without huge pages: slower, not wrong
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without huge pages: slower, not wrong
         flat = torch.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize)
         self.tensor: Tensor = flat.view(max(1, capacity), width)
         self._pinned = 0
@@ -107,8 +106,8 @@ class ReservedArray:
             )
             if int(code) != 0:
                 raise GSScaleError(
-                    f"CUDA could not page-lock {size >> 20} MiB of host memory (error {int(code)}); "
-                    "raise the limit of locked memory (`ulimit -l unlimited`, or --ulimit "
+                    f"CUDA could not page-lock {size >> 20} MiB of host memory (error "
+                    f"{int(code)}); raise the limit of locked memory (`ulimit -l unlimited`, or --ulimit "
                     "memlock=-1 for a container) or free host memory"
                 )
             self._pinned += size

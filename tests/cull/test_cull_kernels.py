@@ -79,7 +79,9 @@ def test_blocks_change_nothing_in_random_regions(n: int, n_planes: int, seed: in
 def test_all_blocks_outside_or_inside(shift: float) -> None:
     spheres, planes = rows(70 * BLOCK + 3), region()
     planes[:, 3] = shift
-    np.testing.assert_array_equal(cull(spheres, planes), np.arange(len(spheres) if shift > 0 else 0))
+    np.testing.assert_array_equal(
+        cull(spheres, planes), np.arange(len(spheres) if shift > 0 else 0)
+    )
 
 
 def test_planes_through_block_corners() -> None:

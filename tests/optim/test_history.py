@@ -57,7 +57,8 @@ def test_settle_equals_the_loop(start, gap, eps, betas, kind, magnitude, seed):
     g = (10.0**magnitude * rng.normal(size=(4, used))).astype(np.float32)
     m = (0.3 * g).astype(np.float32)
     v = (0.2 * g * g).astype(np.float32)
-    for array, values in zip((store.params, store.exp_avg, store.exp_avg_sq), (w, m, v), strict=True):
+    arrays = (store.params, store.exp_avg, store.exp_avg_sq)
+    for array, values in zip(arrays, (w, m, v), strict=True):
         array.numpy()[:4, :used] = values
     store.bookkeeping("stamp").fill_(start)
     lrs = schedule(kind, start + gap)

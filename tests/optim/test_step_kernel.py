@@ -23,13 +23,9 @@ def run_against_dense_adam(degree: int, steps: int = 200, n: int = 600) -> float
     store.resize(n)
     used = layout.optimized
     store.params[:, :used] = torch.randn(n, used, generator=rng)
-    dense = {
-        name: torch.nn.Parameter(store.column(name).flatten(1).clone()) for name in GROUPS
-    }
+    dense = {name: torch.nn.Parameter(store.column(name).flatten(1).clone()) for name in GROUPS}
     lr = {name: 10.0 ** -(1 + i % 3) for i, name in enumerate(GROUPS)}
-    adams = {
-        name: torch.optim.Adam([dense[name]], lr=lr[name], eps=1e-15) for name in GROUPS
-    }
+    adams = {name: torch.optim.Adam([dense[name]], lr=lr[name], eps=1e-15) for name in GROUPS}
     history = AdamHistory(layout, lr, dict.fromkeys(GROUPS, 1e-15))
     for step in range(steps):
         factor = 0.1 ** (step / steps)
@@ -73,7 +69,7 @@ def test_every_instruction_set_equals_dense_adam(isa):
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "GSSCALE_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path + ["."])},
+        env={**os.environ, "GSSCALE_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,

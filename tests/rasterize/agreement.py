@@ -73,10 +73,11 @@ def assert_gradients_agree(got: dict[str, Tensor], want: dict[str, Tensor]) -> N
         assert total <= 3e-2, f"{name}: relative error {total:.1e}"
         if name == "viewmat":
             continue  # one sum over all rows: rows and quantiles mean nothing
-        gradient, expected = gradient.flatten(1), expected.flatten(1)
+        gradient, expected = (g.reshape(len(g), -1) for g in (gradient, expected))
         size = expected.norm(dim=1)
-        assert not gradient[size == 0].any() or (size == 0).all(), name
         reached = size > 0
+        # What one decision hides the other may show: see above.
+        assert (gradient.any(1) & ~reached).double().mean() <= 5e-3, name
         # A row whose gradient cancels to almost nothing is measured against the others'.
         error = (gradient - expected).norm(dim=1) / (size + 1e-3 * size[reached].median())
         error = error[reached]

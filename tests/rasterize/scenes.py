@@ -82,6 +82,14 @@ def scene(
     return Scene(means, normal(n, 4), scales, opacities, colors, sh_degree)
 
 
+def empty_scenes() -> list[tuple[str, Scene]]:
+    """Scenes of which :func:`camera` sees nothing, by name."""
+    behind = scene(7, sh_degree=2)
+    behind.means[:, 2] = -3
+    nothing = Scene(*(tensor[:0] for tensor in behind[:5]), 2)
+    return [("nothing there", nothing), ("all behind", behind)]
+
+
 def draw(scene: Scene, camera: Camera, **options: Any) -> Rendering:
     """:func:`rasterize` with defaults for what a test is not about."""
     settings = {"depth": False, "absgrad": False, "antialiased": False} | options

@@ -24,33 +24,46 @@ def composite_slowly(
     the pixel's own contribution.
     """
     nearest_first = sorted((i for i in range(len(radii)) if radii[i] > 0), key=lambda i: depths[i])
-    rows = []
+    pixels = []
     for py in range(height):
         for px in range(width):
             means = means2d[py, px] if means2d.dim() == 4 else means2d
-            transmittance = torch.ones((), dtype=means.dtype)
-            color = torch.zeros(colors.shape[1], dtype=means.dtype)
+            alphas = []
+            chosen = []
+            transmittance = 1.0
             for i in nearest_first:
                 if not in_tile(means[i].tolist(), int(radii[i]), px // 16, py // 16):
                     continue
-                dx = means[i, 0] - (px + 0.5)
-                dy = means[i, 1] - (py + 0.5)
-                a, b, c = conics[i]
-                sigma = a * dx * dx / 2 + c * dy * dy / 2 + b * dx * dy
-                if sigma < 0:
+                alpha = alpha_at(means[i], conics[i], opacities[i], px + 0.5, py + 0.5)
+                if alpha is None:
                     continue
-                alpha = opacities[i] * torch.exp(-sigma)
-                if alpha < 1 / 255:
-                    continue
-                if alpha > 0.999:
-                    alpha = torch.tensor(0.999, dtype=means.dtype)
-                if transmittance * (1 - alpha) <= 1e-4:
+                if transmittance * (1 - float(alpha.detach())) <= 1e-4:
                     break
-                color = color + colors[i] * alpha * transmittance
-                transmittance = transmittance * (1 - alpha)
-            rows.append(torch.cat([color, 1 - transmittance[None]]))
-    image = torch.stack(rows).view(height, width, -1)
+                transmittance *= 1 - float(alpha.detach())
+                chosen.append(i)
+                alphas.append(alpha)
+            color = torch.zeros(colors.shape[1], dtype=means.dtype)
+            remaining = torch.ones((), dtype=means.dtype)
+            for i, alpha in zip(chosen, alphas, strict=True):
+                color = color + colors[i] * alpha * remaining
+                remaining = remaining * (1 - alpha)
+            pixels.append(torch.cat([color, 1 - remaining[None]]))
+    image = torch.stack(pixels).view(height, width, -1)
     return image[..., :-1], image[..., -1:]
+
+
+def alpha_at(mean: Tensor, conic: Tensor, opacity: Tensor, x: float, y: float) -> Tensor | None:
+    """Opacity of a Gaussian at a point, None where it is skipped; constant where clamped."""
+    # Most pairs are skipped. To know that, plain numbers do.
+    (mx, my), (a, b, c) = mean.tolist(), conic.tolist()
+    dx, dy = mx - x, my - y
+    sigma = a * dx * dx / 2 + c * dy * dy / 2 + b * dx * dy
+    if sigma < 0 or float(opacity.detach()) * math.exp(-sigma) < 1 / 255:
+        return None
+    offset = mean - torch.tensor([x, y], dtype=mean.dtype)
+    matrix = torch.stack([conic[0], conic[1], conic[1], conic[2]]).view(2, 2)
+    alpha = opacity * torch.exp(-0.5 * offset @ matrix @ offset)
+    return alpha if alpha <= 0.999 else torch.tensor(0.999, dtype=mean.dtype)
 
 
 def in_tile(mean: list[float], radius: int, tile_x: int, tile_y: int) -> bool:

@@ -45,7 +45,9 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
         far=30.0,
     )
 
-    for name, tensor in zip(("means", "quats", "scales", "opacities", "colors"), tensors, strict=True):
+    for name, tensor in zip(
+        ("means", "quats", "scales", "opacities", "colors"), tensors, strict=True
+    ):
         assert asked.pop(name) is tensor
     assert asked.pop("viewmats").shape == (1, 4, 4) and asked.pop("Ks").shape == (1, 3, 3)
     assert asked == {

@@ -81,7 +81,7 @@ def test_lists_are_complete_sorted_and_within_gsplats_tiles(
 
 
 def test_blocks_without_a_visible_trace_are_left_out() -> None:
-    """The point of blocks: a small Gaussian in a tile's corner is one block's affair, not four's."""
+    """The point of blocks: a small Gaussian in a tile's corner concerns one of four."""
     found = lists(
         32,
         32,

@@ -64,7 +64,7 @@ def test_gradients_match_gsplat(view: Camera) -> None:
 
     def visible_only(gaussians: Scene, camera: Camera) -> list[Tensor]:
         radii, *outputs, compensations = gsplats(gaussians, camera)
-        # gsplat's kernel, unlike its torch twin, has 1 / (2 (rho + 1e-6)) for the root's derivative.
+        # gsplat's kernel, unlike its torch twin, takes 1 / (2 (rho + 1e-6)) as the derivative.
         rho = compensations.detach()
         damped = rho + (compensations - rho) * (rho / (rho + 1e-6))
         return [output[radii > 0] for output in (*outputs, damped)]

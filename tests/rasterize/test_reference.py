@@ -1,4 +1,4 @@
-"""The reference as a whole: against gsplat's torch code and the slow loop, and finite differences."""
+"""The whole reference: against gsplat's torch code with the slow loop, finite differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from gsscale_nerfstudio.rasterize import Rendering
 
 from .agreement import assert_gradients_agree, assert_renderings_agree, draw_with_gradients
-from .scenes import Camera, Scene, camera, draw, random_loss, scene
+from .scenes import Camera, Scene, camera, draw, empty_scenes, random_loss, scene
 from .slow_compositing import composite_slowly
 
 
@@ -72,9 +72,7 @@ def test_everything_matches_the_slow_pipeline(
     rendering, got = draw_with_gradients(gaussians, view, depth=True, antialiased=antialiased)
     leaves = gaussians.leaves()
     viewmat = view.viewmat.clone().requires_grad_()
-    *images, means2d = draw_slowly(
-        leaves, view._replace(viewmat=viewmat), antialiased=antialiased
-    )
+    *images, means2d = draw_slowly(leaves, view._replace(viewmat=viewmat), antialiased=antialiased)
     random_loss(*images).backward()
 
     assert rendering.alpha.amax() > 0.9
@@ -151,13 +149,6 @@ def test_depth_only_on_request_and_zero_where_nothing_is() -> None:
     empty = rendering.alpha == 0
     assert empty.any() and not rendering.depth[empty].any()
     assert (rendering.depth[~empty] > 0.9).all()  # the nearest mean that shows is that far
-
-
-def empty_scenes() -> list[tuple[str, Scene]]:
-    behind = scene(7, sh_degree=2)
-    behind.means[:, 2] = -3
-    nothing = Scene(*(tensor[:0] for tensor in behind[:5]), 2)
-    return [("nothing there", nothing), ("all behind", behind)]
 
 
 @pytest.mark.parametrize("absgrad", [False, True])
