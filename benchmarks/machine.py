@@ -130,4 +130,5 @@ def _first_numbers(path: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder: its modules must not shadow others
     print(json.dumps(describe()))

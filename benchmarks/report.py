@@ -41,6 +41,8 @@ LEGEND = """
 - **GPU GB**: peak of torch's allocated tensors from set-up to the last step (10^9 bytes), the
   cached images included; *reserved* is what the allocator held. The CUDA context comes on top.
 - **host GB**: peak resident memory of the process up to the last step.
+- **ΔPSNR**, **ΔSSIM**, **ΔGaussians**: difference to splatfacto's mean in the same table;
+  **speed**, **memory**: it/s and GPU GB as multiples of splatfacto's.
 - **±**: standard deviation over seeds.
 """
 

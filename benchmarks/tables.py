@@ -43,20 +43,23 @@ def run_table(comparison: Comparison) -> TextTable:
 
 
 def summary_table(comparison: Comparison) -> TextTable:
-    """One row a method and engine: means over seeds, and the comparison with splatfacto."""
+    """One row a method and engine: means over seeds, and the comparison with splatfacto.
+
+    The Δ columns are differences to splatfacto's mean, ``speed`` and ``memory`` multiples of it.
+    """
     columns = [
         "method",
         "runs",
         "PSNR",
-        "to splatfacto",
+        "ΔPSNR",
         "SSIM",
-        "to splatfacto",
+        "ΔSSIM",
         "Gaussians",
-        "to splatfacto",
+        "ΔGaussians",
         "it/s",
-        "of splatfacto's",
+        "speed",
         "GPU GB",
-        "of splatfacto's",
+        "memory",
     ]
     return TextTable(columns, [_summary(row) for row in compare_groups(comparison)])
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
-from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from gsscale_nerfstudio.checkpoint import allow_numpy_scalars
+from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
 from gsscale_nerfstudio.model import GSScaleModelConfig
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.pipeline import GSScalePipelineConfig
@@ -53,7 +53,7 @@ def _trainer(name: str, model: GSScaleModelConfig, grid_lr: float) -> GSScaleTra
         max_num_iterations=_STEPS,
         mixed_precision=False,
         pipeline=GSScalePipelineConfig(
-            datamanager=FullImageDatamanagerConfig(
+            datamanager=GSScaleDatamanagerConfig(
                 dataparser=NerfstudioDataParserConfig(load_3D_points=True),
                 cache_images_type="uint8",
             ),

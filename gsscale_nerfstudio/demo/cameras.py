@@ -10,8 +10,8 @@ from gsscale_nerfstudio.demo.textures import Array
 
 _TARGET = np.array([0.0, 0.0, 0.25])
 _DISTANCE = 7.0
-_ELEVATION = np.radians(46.0)
-_SWING = np.radians(11.0)
+_ELEVATION = np.radians(49.0)
+_SWING = np.radians(10.0)
 _SWINGS = 5
 _VIEW_ANGLE = np.radians(50.0)
 

@@ -35,14 +35,14 @@ _FIELD = 2.3
 
 def _ground(noise: ValueNoise) -> Texture:
     """Fields outside, lawn between the houses, a checkered square, roads and a pond."""
-    crops = np.stack([rgb(c) for c in ("e0c068", "86a83e", "4f7f35", "c9a14a", "a9c25a", "7a5636")])
+    crops = np.stack([rgb(c) for c in ("d8b964", "8cab48", "5d8a3c", "c4a352", "a5bd5c", "8a6a44")])
 
     def fields(x: Array, y: Array) -> Array:
         u, v = 0.94 * x + 0.34 * y, -0.34 * x + 0.94 * y
         pick = noise.cell(u / _FIELD, v / _FIELD)
         crop = crops[(pick * len(crops)).astype(np.int64)]
         along = np.where((pick * 97) % 1.0 < 0.5, u, v)
-        furrow = 0.80 + 0.30 * (np.floor(along / 0.3) % 2)
+        furrow = 0.86 + 0.20 * (np.floor(along / 0.36) % 2)
         to_edge = np.maximum(np.abs((u / _FIELD) % 1.0 - 0.5), np.abs((v / _FIELD) % 1.0 - 0.5))
         hedge = to_edge > 0.46
         return np.where(hedge[:, None], rgb("35552b"), crop * furrow[:, None])

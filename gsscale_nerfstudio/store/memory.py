@@ -107,8 +107,8 @@ class ReservedArray:
             if int(code) != 0:
                 raise GSScaleError(
                     f"CUDA could not page-lock {size >> 20} MiB of host memory (error "
-                    f"{int(code)}); raise the limit of locked memory (`ulimit -l unlimited`, or --ulimit "
-                    "memlock=-1 for a container) or free host memory"
+                    f"{int(code)}); raise the limit of locked memory (`ulimit -l unlimited`, or "
+                    "--ulimit memlock=-1 for a container) or free host memory"
                 )
             self._pinned += size
 

@@ -39,6 +39,10 @@ class FlatModel(Model):
     def get_param_groups(self):
         return {"colour": [self.colour]}
 
+    def state_dict(self, *args, **kwargs):
+        print("a checkpoint is written")
+        return super().state_dict(*args, **kwargs)
+
     def get_outputs(self, camera):
         shape = (int(camera.height.item()), int(camera.width.item()), 3)
         return {"rgb": self.colour.expand(shape), "background": torch.zeros(3)}

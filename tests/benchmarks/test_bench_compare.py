@@ -119,6 +119,13 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(bench, behaviour, message
     assert "failed" in bench.text
 
 
+def test_a_result_left_by_an_earlier_call_is_not_taken(bench, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "splatfacto-seed42.result.json").write_text(json.dumps(MEASURED))
+    assert bench.run({"splatfacto-seed42": "pass"}) == 1
+    assert bench.runs()[0].error == "no result was written"
+
+
 def test_the_tail_of_the_log_is_shown(bench):
     child = "print('\\x1b[31mred\\x1b[0m'); print('0%\\r50%\\r100%'); raise SystemExit('the cause')"
     bench.run({"gsscale-host-seed42": child})

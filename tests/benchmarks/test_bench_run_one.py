@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import images, machine, offline
+from benchmarks import images, machine, offline, run_one
 from benchmarks import progress as progress_file
 from benchmarks.host_memory import peak_host_bytes
 from benchmarks.meter import TrainingMeter, timed_steps
@@ -94,6 +94,17 @@ def test_unknown_names_are_refused(ns_config, colmap_scene, capsys):
         ns_config.engine_arguments("splatfacto", "resident")
     assert ns_config.engine_arguments("splatfacto", "host") == []
     assert ns_config.engine_arguments("splatfacto", None) == []
+
+
+def test_a_failure_is_a_result(ns_config, tmp_path, capsys):
+    result = tmp_path / "result.json"
+    (tmp_path / "empty").mkdir()
+    args = run_one.RunArgs("splatfacto", tmp_path / "empty", 10, result=result)
+    assert run_one.main(args) == 1
+    assert json.loads(result.read_text())["error"].startswith("SceneError: ")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1]) == json.loads(result.read_text())
+    assert "Traceback" in captured.err
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, 1), (2, 1), (100, 50), (2000, 1000)])
@@ -244,4 +255,6 @@ def test_compare_with_a_real_run(tmp_path):
         "grey-flat-seed42-view000.jpg",
     ]
     assert Image.open(tmp_path / "views" / "grey-flat-seed42-view000.jpg").size == (80, 30)
-    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["flat-seed42.log"]
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.name == "flat-seed42.log"
+    assert "checkpoint is written" not in log.read_text()

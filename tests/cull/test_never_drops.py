@@ -37,7 +37,7 @@ def rows_at_borders(rng: np.random.Generator, view: View, n: int) -> tuple[Tenso
     """means, covariances, scales of rows whose drawing is in the balance, at all depths and sizes.
 
     Most are put so far outside of a border that they just about reach it, many of them as needles
-    that are seen at full length. Others lie around the near plane, behind the camera, or far off.
+    that are seen at full length. Others lie around the near and far planes or behind the camera.
     """
     fx, fy, cx, cy = view.K[0, 0], view.K[1, 1], view.K[0, 2], view.K[1, 2]
     z = view.near * 10 ** rng.uniform(-0.5, 5, n)
@@ -49,6 +49,8 @@ def rows_at_borders(rng: np.random.Generator, view: View, n: int) -> tuple[Tenso
     v = np.select([side == 2, side == 3], [-beyond, view.height + beyond], v)
     at_near = rng.random(n) < 0.1
     z[at_near] = view.near + rng.normal(0, 1, at_near.sum()) * 3 * sigma[at_near]
+    at_far = rng.random(n) < 0.05
+    z[at_far] = view.far * (1 + rng.normal(0, 1e-4, at_far.sum()))
     in_camera = np.column_stack([(u - cx) / fx * z, (v - cy) / fy * z, z])
 
     axes = rng.standard_normal((n, 3, 3))

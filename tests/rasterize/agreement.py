@@ -3,17 +3,19 @@
 The bounds have three parts, because float32 does three different things to a rendering:
 
 - It rounds: relative errors of 1e-7 per operation, a few 1e-7 per image value. The *median* is held
-  to that. A wrong formula moves the median by orders of magnitude.
+  to that. Of gradients less can be asked: gsplat's backward starts from the transmittance as
+  1 - alpha, known to 6e-8, so that at a pixel with a transmittance of 1e-3 everything is off by
+  6e-5, and up to ten times that where more is hidden. A wrong formula moves the median by far more.
 - It cancels: det = xx yy - xy^2 of an elongated ellipse with variances of 1e3 squared pixels loses
-  1e6 * 6e-8 / (0.3 * 2e3), about 1e-4 of its value, and so does the conic. gsplat's backward takes
-  the transmittance from 1 - alpha, to 6e-8 / 1e-4 at worst. Gradients of occluded Gaussians are
-  small differences of large sums. A *high quantile* is held to what such cases reach.
+  1e6 * 6e-8 / (0.3 * 2e3), about 1e-4 of its value, and so does the conic. Gradients of occluded
+  Gaussians are small differences of large sums. A *high quantile* is held to what such cases reach.
 - It decides differently: alpha >= 1/255 or T > 1e-4 can fall either way, as can the order of two
   almost equal depths. That happens at one pixel in thousands and changes it by 1/255, at worst by
-  0.1 (T = 0.1 before an alpha of 0.999). So a *few* pixels may be off by that, none by more.
+  0.1 (T = 0.1 before an alpha of 0.999). So a *few* pixels may be off by that, none by more, and the
+  norm of a gradient, which one such pixel or needle can dominate, is held to a tenth.
 
-The bounds are about five times what the reference in float32 shows against itself in float64 when
-it is given gsplat's formula for the determinant.
+The bounds are several times what the reference in float32 shows against itself in float64 once it
+is given gsplat's formulas for the determinant and for the backward's transmittance.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def assert_gradients_agree(got: dict[str, Tensor], want: dict[str, Tensor]) -> N
         gradient = got[name].cpu().double()
         assert gradient.shape == expected.shape, name
         total = float((gradient - expected).norm() / expected.norm())
-        assert total <= 3e-2, f"{name}: relative error {total:.1e}"
+        assert total <= 0.1, f"{name}: relative error {total:.1e}"
         if name == "viewmat":
             continue  # one sum over all rows: rows and quantiles mean nothing
         gradient, expected = (g.reshape(len(g), -1) for g in (gradient, expected))
@@ -81,5 +83,5 @@ def assert_gradients_agree(got: dict[str, Tensor], want: dict[str, Tensor]) -> N
         # A row whose gradient cancels to almost nothing is measured against the others'.
         error = (gradient - expected).norm(dim=1) / (size + 1e-3 * size[reached].median())
         error = error[reached]
-        assert error.median() <= 1e-4, f"{name}: median relative error {error.median():.1e}"
+        assert error.median() <= 1e-3, f"{name}: median relative error {error.median():.1e}"
         assert error.quantile(0.95) <= 1e-2, f"{name}: 95 % error {error.quantile(0.95):.1e}"

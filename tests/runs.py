@@ -1,0 +1,54 @@
+"""Small in-process training runs, set up as ns-train does it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+
+from gsscale_nerfstudio.config import gsscale
+from gsscale_nerfstudio.demo.scene import write_scene
+from gsscale_nerfstudio.trainer import GSScaleTrainer, GSScaleTrainerConfig
+
+
+def tiny_scene(path: Path, images: int = 8) -> Path:
+    return write_scene(path, images=images, width=64, height=48, points=300)
+
+
+def edit_json(scene: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Apply ``change`` to the scene's transforms."""
+    file = scene / "transforms.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def make_config(scene: Path, output: Path, steps: int = 3, **model: Any) -> GSScaleTrainerConfig:
+    config = copy.deepcopy(gsscale.config)
+    assert isinstance(config, GSScaleTrainerConfig)
+    config.data = config.pipeline.datamanager.data = scene
+    config.pipeline.datamanager.dataparser = NerfstudioDataParserConfig(  # type: ignore[attr-defined]
+        load_3D_points=True, eval_mode="interval", eval_interval=4
+    )
+    config.machine.device_type = "cpu"
+    config.output_dir = output
+    config.vis = "tensorboard"
+    config.max_num_iterations = steps
+    config.set_timestamp()
+    config.viewer.quit_on_train_completion = True
+    config.pipeline.model.num_downscales = 0  # type: ignore[attr-defined]
+    for name, value in model.items():
+        assert hasattr(config.pipeline.model, name)
+        setattr(config.pipeline.model, name, value)
+    return config
+
+
+def train(config: GSScaleTrainerConfig) -> GSScaleTrainer:
+    trainer = config.setup()
+    trainer.setup()
+    trainer.train()
+    return trainer
