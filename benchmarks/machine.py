@@ -130,5 +130,6 @@ def _first_numbers(path: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: its modules must not shadow others
+    # This folder's modules must not shadow others.
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
     print(json.dumps(describe()))

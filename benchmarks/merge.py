@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
-    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
 import tyro
 

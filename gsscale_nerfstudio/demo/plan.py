@@ -7,6 +7,27 @@ from pathlib import Path
 
 from gsscale_nerfstudio.demo.commands import find_script
 
+
+@dataclass(frozen=True)
+class Size:
+    """What a device manages in about two minutes.
+
+    ``growth`` is the screen-space gradient from which Gaussians are split or duplicated: the lower,
+    the more of them.
+    """
+
+    steps: int
+    width: int
+    height: int
+    points: int
+    growth: float
+
+
+SIZES = {
+    "cpu": Size(steps=1000, width=160, height=120, points=2500, growth=0.003),
+    "cuda": Size(steps=3000, width=480, height=360, points=10_000, growth=0.0008),
+}
+
 # Every sixth image is held out: neighbours on the orbit remain on both sides of it.
 EVAL_INTERVAL = 6
 
@@ -81,11 +102,15 @@ class Plan:
             "steps-per-eval-image": 0,
             "steps-per-eval-all-images": 0,
             "pipeline.model.num-downscales": 0,
-            "pipeline.model.sh-degree-interval": max(1, self.steps // 2),
+            # Never: the village is matte, a colour is the same from everywhere.
+            "pipeline.model.sh-degree-interval": self.steps,
             "pipeline.model.warmup-length": self.steps // 6,
             "pipeline.model.refine-every": max(1, self.steps // 12),
             "pipeline.model.stop-split-at": self.steps * 3 // 4,
-            # Never: a reset costs more steps than there are.
+            "pipeline.model.densify-grad-thresh": SIZES[self.device].growth,
+            # By their error alone: in images this small everything is large on the screen.
+            "pipeline.model.stop-screen-size-at": 0,
+            # Never: recovering from a reset takes more steps than there are.
             "pipeline.model.reset-alpha-every": 1000,
             "pipeline.model.cull-alpha-thresh": 0.05,
         }

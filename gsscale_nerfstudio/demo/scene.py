@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ _CAMERAS_FILE = "transforms.json"
 _POINTS_FILE = "points3d.ply"
 # Rays traced at a time: keeps the tables of rays against shapes at some tens of megabytes.
 _BATCH = 1 << 16
+_MOST_THREADS = 16
 # Standard deviation of a sparse point's position, as structure from motion would leave it.
 _POINT_NOISE = 0.004
 
@@ -65,12 +68,15 @@ def _fill(
     """Write all files of the scene into the existing, empty ``folder``."""
     world = build_village(seed)
     poses = orbit(images)
+    names = [f"images/frame_{number:04d}.png" for number in range(images)]
     (folder / "images").mkdir()
-    frames = []
-    for number, pose in enumerate(poses):
-        name = f"images/frame_{number:04d}.png"
+
+    def draw(name: str, pose: Array) -> None:
         Image.fromarray(to_bytes(_render(world, lens, pose, supersample))).save(folder / name)
-        frames.append({"file_path": name, "transform_matrix": pose.tolist()})
+
+    # NumPy leaves the interpreter's lock to others while it computes, so threads are enough.
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(draw, names, poses))
     xyz, color = _sparse_points(world, lens, poses, points, np.random.default_rng([seed, 1]))
     write_points(folder / _POINTS_FILE, xyz, to_bytes(color))
     cameras = {
@@ -82,7 +88,10 @@ def _fill(
         "w": lens.width,
         "h": lens.height,
         "ply_file_path": _POINTS_FILE,
-        "frames": frames,
+        "frames": [
+            {"file_path": name, "transform_matrix": pose.tolist()}
+            for name, pose in zip(names, poses, strict=True)
+        ],
     }
     (folder / _CAMERAS_FILE).write_text(json.dumps(cameras, indent=1) + "\n", encoding="utf-8")
 

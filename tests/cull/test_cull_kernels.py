@@ -84,16 +84,16 @@ def test_all_blocks_outside_or_inside(shift: float) -> None:
     )
 
 
-def test_planes_through_block_corners() -> None:
-    """Rounding must not make a block's decision differ from its rows': axis-aligned ties."""
-    spheres = rows(20 * BLOCK)
-    spheres[:, :3] = np.round(spheres[:, :3])
-    spheres[:, 3] = 0
-    for axis in range(3):
-        for offset in range(-9, 10):
-            plane = np.zeros((1, 5), dtype=np.float32)
-            plane[0, axis], plane[0, 3] = 0.1, 0.1 * offset
-            np.testing.assert_array_equal(cull(spheres, plane), one_by_one(spheres, plane))
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("offset", range(-9, 10, 3))
+def test_ties_are_decided_alike(axis: int, offset: int) -> None:
+    """On a grid, many rows and block corners lie on a plane but for rounding."""
+    spheres = np.round(rows(20 * BLOCK))
+    for other in (axis + 1) % 3, (axis + 2) % 3, 3:
+        plane = np.zeros((1, 5), dtype=np.float32)
+        plane[0, axis], plane[0, 3] = 0.1, 0.1 * offset
+        plane[0, other if other < 3 else 4] = -0.3
+        np.testing.assert_array_equal(cull(spheres, plane), one_by_one(spheres, plane))
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,15 @@ import hashlib, numpy as np
 from gsscale_nerfstudio import _C
 rng = np.random.default_rng(5)
 n = 400_001
-spheres = rng.normal(0, 5, (n, 4)).astype(np.float32)
+spheres = np.round(rng.normal(0, 5, (n, 4))).astype(np.float32)  # a grid, for ties
 spheres = np.ascontiguousarray(spheres[np.argsort(spheres[:, 0])])
 blocks = np.empty((-(-n // _C.BLOCK_ROWS), 8), np.float32)
 _C.update_blocks(spheres, blocks, n)
 out = np.empty(n, np.int32)
 digest = hashlib.sha256(blocks.tobytes())
 for _ in range(20):
-    planes = rng.normal(0, 1, (6, 5)).astype(np.float32)
-    planes[:, 3] *= 8
+    planes = np.round(rng.normal(0, 10, (6, 5))).astype(np.float32) * np.float32(0.1)
+    planes[:, 3] += 8
     digest.update(out[: _C.cull(spheres, blocks, n, planes, out)].tobytes())
 print(_C.isa(), digest.hexdigest())
 """

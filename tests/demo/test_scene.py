@@ -11,7 +11,7 @@ from PIL import Image
 from gsscale_nerfstudio.demo import scene as scene_module
 from gsscale_nerfstudio.demo.cameras import Pinhole, orbit
 from gsscale_nerfstudio.demo.ply import count_points
-from gsscale_nerfstudio.demo.raytrace import trace
+from gsscale_nerfstudio.demo.raytrace import radiance, trace
 from gsscale_nerfstudio.demo.scene import write_scene
 from gsscale_nerfstudio.demo.village import build_village
 from gsscale_nerfstudio.errors import GSScaleError
@@ -105,6 +105,23 @@ def test_nerfstudio_casts_the_rays_that_the_images_were_traced_with(parsed):
         np.testing.assert_allclose(
             bundle.origins.numpy(), np.tile(poses[number][:3, 3], (3, 1)), atol=1e-6
         )
+
+
+def test_pixels_are_averages_over_their_own_area(folder, meta):
+    world, lens = build_village(0), Pinhole(160, 120)
+    inside = (np.arange(8) + 0.5) / 8
+    offsets = np.stack(np.meshgrid(inside, inside), axis=-1).reshape(-1, 2)
+    for number in (0, 5):
+        frame = meta["frames"][number]
+        pixels = np.asarray(Image.open(folder / frame["file_path"])) / 255.0
+        pose = np.array(frame["transform_matrix"])
+        corners = np.random.default_rng(number).integers([160, 120], size=(300, 2))
+        positions = (corners[:, None] + offsets).reshape(-1, 2)
+        color, _ = radiance(world, pose[:3, 3], lens.directions(pose, positions))
+        area = color.reshape(300, 64, 3).mean(axis=1)
+        error = pixels[corners[:, 1], corners[:, 0]] - area
+        # Four rays against 64: what is left is sampling noise at edges.
+        assert np.sqrt((error**2).mean()) < 0.05
 
 
 def test_files_are_complete(folder, meta):

@@ -216,5 +216,3 @@ def test_checkpoint_of_another_sh_degree(scene, tmp_path, capsys):
     other = make_config(scene, tmp_path / "other", steps=2, sh_degree=1)
     other.load_dir = trainer.checkpoint_dir
     ends_with_a_sentence(other, capsys, "features_rest", "--pipeline.model.sh-degree")
-
-

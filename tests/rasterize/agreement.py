@@ -11,7 +11,7 @@ The bounds have three parts, because float32 does three different things to a re
   Gaussians are small differences of large sums. A *high quantile* is held to what such cases reach.
 - It decides differently: alpha >= 1/255 or T > 1e-4 can fall either way, as can the order of two
   almost equal depths. That happens at one pixel in thousands and changes it by 1/255, at worst by
-  0.1 (T = 0.1 before an alpha of 0.999). So a *few* pixels may be off by that, none by more, and the
+  0.1 (T = 0.1 before an alpha of 0.999). So a *few* pixels may be off by that, none by more. The
   norm of a gradient, which one such pixel or needle can dominate, is held to a tenth.
 
 The bounds are several times what the reference in float32 shows against itself in float64 once it

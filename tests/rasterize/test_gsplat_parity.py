@@ -56,11 +56,16 @@ def test_without_depth() -> None:
 
 
 def test_almost_opaque_gaussians() -> None:
-    """Most alphas are around the 0.999 from which on their gradient is cut off."""
-    gaussians = scene(150, sh_degree=1, size=0.2, seed=2)
-    generator = torch.Generator().manual_seed(0)
-    gaussians.opacities.copy_(0.9985 + 0.0015 * torch.rand(150, generator=generator))
-    compare(gaussians, CAMERAS[0], absgrad=True)
+    """Small and centred on pixels: there alpha exceeds 0.999, and a third of the opacity's gradient
+    is cut off. Ten pixels apart, so that no other one hides it."""
+    gaussians, view = scene(150, sh_degree=1, size=0.006, seed=2), CAMERAS[0]
+    gaussians.scales.clamp_(0.003, 0.012)
+    gaussians.opacities.copy_(torch.linspace(0.9992, 1.0, 150))
+    index = torch.arange(150, dtype=torch.float64)
+    pixels = torch.stack([10 * (index % 15) + 5.5, 10 * (index // 15) + 5.5, torch.ones(150)], -1)
+    in_camera = 2 * pixels @ torch.linalg.inv(view.K).T
+    gaussians.means.copy_((in_camera - view.viewmat[:3, 3]) @ view.viewmat[:3, :3])
+    compare(gaussians, view, absgrad=True)
 
 
 def test_many_layers() -> None:

@@ -1,0 +1,146 @@
+"""Nerfstudio's own commands on a gsscale run, as subprocesses, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plyfile import PlyData
+
+from tests.runs import tiny_scene
+
+pytestmark = pytest.mark.slow
+
+STEPS = 120
+
+
+def command(name: str, *args: object) -> str:
+    """Run a console script of this environment; its whole output, or a failed test with it."""
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(name)), *map(str, args)],
+        capture_output=True,
+        text=True,
+        # CPU: compiling splatfacto's helpers would take longer than the run.
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCHDYNAMO_DISABLE": "1",
+            "COLUMNS": "200",
+        },
+        timeout=600,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, f"{name} {args}\n{output[-4000:]}"
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Configuration file and output of a short training with densification and opacity reset."""
+    folder = tmp_path_factory.mktemp("e2e")
+    scene = tiny_scene(folder / "scene", images=12)
+    output = command(
+        "ns-train", "gsscale", "--data", scene, "--output-dir", folder / "out",
+        "--experiment-name", "e2e", "--timestamp", "run", "--vis", "tensorboard",
+        "--max-num-iterations", STEPS, "--steps-per-eval-image", 50,
+        "--steps-per-eval-all-images", 60,
+        "--pipeline.model.num-downscales", 1, "--pipeline.model.resolution-schedule", 20,
+        "--pipeline.model.warmup-length", 20, "--pipeline.model.refine-every", 10,
+        "--pipeline.model.reset-alpha-every", 4, "--pipeline.model.sh-degree-interval", 30,
+        "--pipeline.model.stop-split-at", 80,
+        "--optimizers.features-dc.optimizer.lr", 0.01,
+        "nerfstudio-data", "--eval-mode", "interval", "--eval-interval", 4,
+    )  # fmt: skip
+    return folder / "out" / "e2e" / "gsscale" / "run" / "config.yml", output
+
+
+def checkpoint_of(config: Path) -> dict:
+    return torch.load(next((config.parent / "nerfstudio_models").glob("*.ckpt")))
+
+
+def test_training_densifies(run):
+    config, output = run
+    grown = [
+        tuple(map(int, m)) for m in re.findall(r"(\d+) GSs duplicated, (\d+) GSs split", output)
+    ]
+    pruned = [int(m) for m in re.findall(r"(\d+) GSs pruned", output)]
+    assert sum(map(sum, grown)) > 50 and sum(pruned) > 0
+    last = int(re.findall(r"Now having (\d+) GSs", output)[-1])
+    state = checkpoint_of(config)["pipeline"]
+    assert len(state["_model.gauss_params.means"]) == last != 300
+
+
+def test_checkpoint_has_splatfactos_keys_and_shapes(run):
+    state = checkpoint_of(run[0])
+    rows = {k.rsplit(".", 1)[1]: v for k, v in state["pipeline"].items() if "gauss_params" in k}
+    n = len(rows["means"])
+    assert {k: tuple(v.shape[1:]) for k, v in rows.items()} == {
+        "means": (3,), "scales": (3,), "quats": (4,), "features_dc": (3,),
+        "features_rest": (15, 3), "opacities": (1,),
+    }  # fmt: skip
+    assert not any("lpips" in key for key in state["pipeline"])
+    adam = state["optimizers"]["features_rest"]
+    assert adam["state"][0]["exp_avg"].shape == (n, 15, 3)
+    assert adam["state"][0]["step"] == STEPS
+    # Nothing of the store's unused rows or columns is in the file.
+    floats = sum(v.numel() for v in rows.values())
+    size = next((run[0].parent / "nerfstudio_models").glob("*.ckpt")).stat().st_size
+    assert size < 3 * 4 * floats + 200_000
+
+
+def test_eval_beats_the_mean_colour(run, tmp_path):
+    command("ns-eval", "--load-config", run[0], "--output-path", tmp_path / "eval.json",
+            "--render-output-path", tmp_path / "renders")  # fmt: skip
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    pairs = [np.asarray(Image.open(p)) / 255 for p in (tmp_path / "renders").glob("*.png")]
+    assert len(pairs) == 3
+    truths = [pair[:, : pair.shape[1] // 2] for pair in pairs]
+    flat = np.mean([10 * np.log10(1 / np.mean((t - t.mean((0, 1))) ** 2)) for t in truths])
+    assert results["psnr"] > flat + 3
+    assert 0.3 < results["ssim"] <= 1
+
+
+@pytest.mark.parametrize("mode", ["sh_coeffs", "rgb"])
+def test_export_writes_the_trained_gaussians(run, tmp_path, mode):
+    command("ns-export", "gaussian-splat", "--load-config", run[0], "--output-dir", tmp_path,
+            "--ply-color-mode", mode)  # fmt: skip
+    vertices = PlyData.read(str(tmp_path / "splat.ply"))["vertex"]
+    state = checkpoint_of(run[0])["pipeline"]
+    kept = (state["_model.gauss_params.opacities"] >= -5.5373).flatten()
+    means = state["_model.gauss_params.means"][kept].numpy()
+    xyz = np.stack([vertices[axis] for axis in "xyz"], axis=1)
+    assert np.array_equal(xyz, means)
+    if mode == "sh_coeffs":
+        rest = state["_model.gauss_params.features_rest"][kept].transpose(1, 2).flatten(1).numpy()
+        assert np.array_equal(np.stack([vertices[f"f_rest_{i}"] for i in range(45)], 1), rest)
+
+
+def test_resume_continues_at_the_next_step(run, tmp_path):
+    output = command(
+        "ns-train", "gsscale", "--data", run[0].parents[4] / "scene", "--output-dir", tmp_path,
+        "--vis", "tensorboard", "--max-num-iterations", 5, "--load-dir",
+        run[0].parent / "nerfstudio_models", "--pipeline.model.num-downscales", 0,
+        "nerfstudio-data", "--eval-mode", "interval", "--eval-interval", 4,
+    )  # fmt: skip
+    assert f"step-{STEPS - 1:09d}.ckpt" in output.replace("\n", "")
+    saved = list(tmp_path.rglob("*.ckpt"))
+    assert [path.name for path in saved] == [f"step-{STEPS + 4:09d}.ckpt"]
+
+
+def test_big_and_help(run):
+    text = command("ns-train", "gsscale-big", "--help")
+    assert "--pipeline.model.max-gaussians" in text
+    assert re.search(
+        r"--pipeline.model.cull-alpha-thresh FLOAT[^(]*\(default:\s+0.005\)", text, re.S
+    )
+    listing = command("ns-train", "--help")
+    assert "gsscale-big" in listing and "host memory" in " ".join(listing.split())
