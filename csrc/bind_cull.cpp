@@ -24,13 +24,14 @@ void check_bounds(const Floats2 &spheres, const Floats2 &blocks, int64_t n_rows)
         throw std::invalid_argument("blocks must have room for one bound per 256 rows");
 }
 
-// No more threads than there are pieces of work that are worth waking one.
-int threads_for(int64_t pieces, int threads) {
-    const int64_t available = threads > 0 ? threads : omp_get_max_threads();
-    return (int)std::max<int64_t>(1, std::min(available, pieces));
+// Work that is worth one more thread, about 0.1 ms: a thread that must first get a core, because a
+// data loader has them all, costs more than it brings.
+constexpr int64_t kGroupsToBound = 8, kGroupsToCull = 64, kIdsToScan = 1 << 15;
+
+int threads_for(int64_t shares, int threads) {
+    if (threads > 0) return threads;
+    return (int)std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), shares));
 }
-constexpr int64_t kGroupsToCull = 16;  // most groups are skipped within a microsecond
-constexpr int64_t kIdsToScan = 1024;
 
 void update(Floats2 spheres, Floats2 blocks, int64_t n_rows, std::optional<Ids> ids, int threads) {
     check_bounds(spheres, blocks, n_rows);
@@ -38,7 +39,7 @@ void update(Floats2 spheres, Floats2 blocks, int64_t n_rows, std::optional<Ids> 
     float *to = blocks.data();
     nb::gil_scoped_release release;
     if (!ids) {
-        const int n_threads = threads_for(groups_of(blocks_of(n_rows)), threads);
+        const int n_threads = threads_for(groups_of(blocks_of(n_rows)) / kGroupsToBound, threads);
         GSSCALE_DISPATCH(update_all_blocks, from, n_rows, to, n_threads);
         return;
     }

@@ -37,10 +37,19 @@ def settle_and_step(
     rows: Rows, tables: SkipTables, ids: ndarray, grads: ndarray, lr: ndarray
 ) -> None: ...
 def update_blocks(
-    spheres: ndarray, blocks: ndarray, n_rows: int, ids: ndarray | None, threads: int
+    spheres: ndarray,
+    blocks: ndarray,
+    n_rows: int,
+    row_ids: ndarray | None = None,
+    threads: int = 0,
 ) -> None: ...
 def cull(
-    spheres: ndarray, blocks: ndarray, n_rows: int, planes: ndarray, out: ndarray, threads: int
+    spheres: ndarray,
+    blocks: ndarray,
+    n_rows: int,
+    planes: ndarray,
+    out: ndarray,
+    threads: int = 0,
 ) -> int: ...
 def morton_codes(rows: ndarray, column: int, n: int, box: ndarray, out: ndarray) -> None: ...
 def permute_rows(rows: ndarray, order: ndarray) -> None: ...

@@ -15,8 +15,8 @@ from gsscale_nerfstudio.demo.scene import write_scene
 from gsscale_nerfstudio.trainer import GSScaleTrainer, GSScaleTrainerConfig
 
 
-def tiny_scene(path: Path, images: int = 8) -> Path:
-    return write_scene(path, images=images, width=64, height=48, points=300)
+def tiny_scene(path: Path, images: int = 8, points: int = 300) -> Path:
+    return write_scene(path, images=images, width=64, height=48, points=points)
 
 
 def edit_json(scene: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -3,6 +3,7 @@
 #include "rows.h"
 
 #include <math.h>
+#include <omp.h>
 #include <string.h>
 
 namespace gsscale {
@@ -14,10 +15,16 @@ constexpr float kSmallestNormal = 1.17549435e-38f;
 // Rows ahead whose cache lines are requested: a row is 3 x 4 lines in three arrays, too scattered
 // for the hardware prefetcher when ids have gaps.
 constexpr int64_t kAhead = 6;
-constexpr int64_t kParallelFrom = 256;
+// Rows worth a thread: waking one costs more than stepping some hundred rows.
+constexpr int64_t kRowsPerThread = 1024;
 // gsplat draws a Gaussian out to 3 (1.4) or 3.33 (1.5) standard deviations.
 constexpr float kSigmas = 3.33f;
 constexpr float kCoordinateSlack = 1e-6f;
+
+inline int threads_for(int64_t rows) {
+    const int64_t wanted = 1 + rows / kRowsPerThread, most = omp_get_max_threads();
+    return (int)(wanted < most ? wanted : most);
+}
 
 inline void prefetch_row(const RowStore &s, int64_t row) {
     const int64_t at = row * s.width;
@@ -85,8 +92,8 @@ inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
         const int k = s.scale + i;
         const float shrink = t.reach[k] * m[k] / (sqrtf(v[k]) + t.eps[k] * f);
         const float reached = shrink < 0.0f ? w[k] - shrink : w[k];
-        // Written so that NaN wins: a broken row is kept, not silently dropped.
-        largest = reached <= largest ? largest : reached;
+        // NaN wins and stays: the culler keeps a broken row rather than dropping it silently.
+        if (!(largest >= reached)) largest = largest != largest ? largest : reached;
     }
     float *sphere = s.spheres + row * 4;
     sphere[0] = w[s.mean];
@@ -102,7 +109,7 @@ inline int64_t stamp_of(const RowStore &s, const float *w) { return (int64_t)w[s
 void gather_settled(const RowStore &s, const SkipTables &t, const int32_t *ids, int64_t n,
                     float *out) {
     const int64_t width = s.width;
-#pragma omp parallel for schedule(static) if (n > kParallelFrom)
+#pragma omp parallel for schedule(static) num_threads(threads_for(n))
     for (int64_t i = 0; i < n; ++i) {
         if (i + kAhead < n) prefetch_row(s, ids[i + kAhead]);
         const int64_t at = ids[i] * width;
@@ -126,7 +133,7 @@ void gather_settled(const RowStore &s, const SkipTables &t, const int32_t *ids, 
 }
 
 void settle_range(const RowStore &s, const SkipTables &t, int64_t begin, int64_t end) {
-#pragma omp parallel for schedule(static) if (end - begin > kParallelFrom)
+#pragma omp parallel for schedule(static) num_threads(threads_for(end - begin))
     for (int64_t row = begin; row < end; ++row) {
         const int64_t at = row * s.width;
         float *w = s.params + at;
@@ -142,7 +149,7 @@ void settle_range(const RowStore &s, const SkipTables &t, int64_t begin, int64_t
 void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a, const int32_t *ids,
                      int64_t n, const float *grads) {
     const int64_t width = s.width;
-#pragma omp parallel for schedule(static) if (n > kParallelFrom)
+#pragma omp parallel for schedule(static) num_threads(threads_for(n))
     for (int64_t i = 0; i < n; ++i) {
         if (i + kAhead < n) prefetch_row(s, ids[i + kAhead]);
         const int64_t at = ids[i] * width;
@@ -179,7 +186,7 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a, 
 }
 
 void refresh_spheres(const RowStore &s, const SkipTables &t, int64_t begin, int64_t end) {
-#pragma omp parallel for schedule(static) if (end - begin > kParallelFrom)
+#pragma omp parallel for schedule(static) num_threads(threads_for(end - begin))
     for (int64_t row = begin; row < end; ++row) write_sphere(s, t, row);
 }
 

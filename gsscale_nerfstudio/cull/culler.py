@@ -31,7 +31,7 @@ class Culler:
         spheres: [capacity, 4] float32, contiguous, on the CPU: centre, and radius
             ``3.33 * largest scale + motion still to come + 1e-6 * distance to the origin``.
         blocks: [ceil(capacity / 256), 8] float32, contiguous, on the CPU; ours to write.
-        threads: OpenMP threads to use at most; 0 leaves that to OpenMP.
+        threads: OpenMP threads to use; 0 for as many as the work is worth.
 
     Raises:
         TypeError, ValueError: (from the methods) the arrays are of another type or too small.

@@ -47,6 +47,7 @@ def rasterize_reference(
     if antialiased:
         opacities = opacities * splats.compensations
 
+    # Callers index radii and the gradient of means2d by row, culled rows included.
     def of_all_rows(values: Tensor) -> Tensor:
         return values.new_zeros(len(means), *values.shape[1:]).index_copy(0, visible, values)
 

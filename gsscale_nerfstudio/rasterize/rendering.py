@@ -38,7 +38,7 @@ class Rendering:
     @property
     def means2d(self) -> Tensor:
         """Projected means, in pixels, detached; meaningful where ``radii > 0``. [n, 2]"""
-        return self.means2d_node.detach().view(-1, 2)
+        return self.means2d_node.detach().reshape(-1, 2)
 
     def means2d_grad(self) -> Tensor:
         """The gradient that densification watches, in loss per pixel, after ``backward``. [n, 2]
@@ -53,7 +53,7 @@ class Rendering:
                 "means2d_grad() needs a rendering made with gradients enabled and a backward() "
                 "through its rgb, alpha or depth before the call"
             )
-        return grad.view(-1, 2)
+        return grad.reshape(-1, 2)
 
 
 def empty_rendering(

@@ -16,9 +16,6 @@ from gsscale_nerfstudio.store.order import morton_order
 UNBOUNDED_ROWS = 1 << 28
 """Address space taken when the user names no capacity; physical memory is the limit then."""
 
-BLOCK = 256
-"""Consecutive rows that the culler bounds together."""
-
 _MOVE_ROWS = 1 << 18
 """Rows moved at a time: bounds the temporary of a fancy-indexed copy (64 MiB at SH degree 3)."""
 
@@ -55,7 +52,7 @@ class HostStore:
         self.params, self.exp_avg, self.exp_avg_sq = (a.tensor for a in self._arrays)
         self._bounds = [
             ReservedArray(self.capacity, 4),
-            ReservedArray((self.capacity + BLOCK - 1) // BLOCK, 8),
+            ReservedArray(-(-self.capacity // _C.BLOCK_ROWS), 8),
         ]
         self.spheres, self.blocks = (a.tensor for a in self._bounds)
         self.kernel_rows = _C.Rows(

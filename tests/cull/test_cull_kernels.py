@@ -154,9 +154,13 @@ def test_refreshing_changed_rows_is_refreshing_all(n: int, share: float, seed: i
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int) -> None:
-    spheres, planes = rows(5000 * BLOCK), region(3)
-    blocks = np.empty((5000, 8), dtype=np.float32)
+    spheres, planes = rows(700 * BLOCK), region(3)
+    blocks = np.empty((700, 8), dtype=np.float32)
     _C.update_blocks(spheres, blocks, len(spheres), None, threads)
+    np.testing.assert_array_equal(blocks, blocks_for(spheres))
+    blocks[:] = np.nan
+    some = np.arange(0, len(spheres), 99, dtype=np.int32)  # of every block
+    _C.update_blocks(spheres, blocks, len(spheres), some, threads)
     np.testing.assert_array_equal(blocks, blocks_for(spheres))
     out = np.empty(len(spheres), dtype=np.int32)
     n = _C.cull(spheres, blocks, len(spheres), planes, out, threads)

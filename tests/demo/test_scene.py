@@ -135,6 +135,10 @@ def test_files_are_complete(folder, meta):
         rotation = np.array(frame["transform_matrix"])[:3, :3]
         np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
         assert np.linalg.det(rotation) > 0
+        right, up, back = rotation.T
+        assert right[2] == pytest.approx(0.0) and up[2] > 0.0 and back[2] > 0.0
+    view_angle = 2 * np.arctan(meta["w"] / 2 / meta["fl_x"])
+    assert np.degrees(view_angle) == pytest.approx(50.0)
 
 
 def test_no_camera_sees_the_sky():

@@ -122,3 +122,47 @@ def test_moments_that_decay_to_denormals_become_zero():
         history.advance(np.zeros(len(GROUPS)))
     _C.settle_range(store.kernel_rows, history.tables, 0, 1)
     assert store.exp_avg[0, 0] == 0 and store.exp_avg_sq[0, 0] == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_broken_row_stays_visible_to_the_culler(axis):
+    """NaN in any scale must reach the sphere, which the culler then keeps."""
+    layout = RowLayout(0)
+    store = HostStore(layout, max_rows=1)
+    store.resize(1)
+    store.column("scales")[0, axis] = float("nan")
+    history = AdamHistory(layout, dict.fromkeys(GROUPS, 0.1), dict.fromkeys(GROUPS, 1e-15))
+    _C.refresh_spheres(store.kernel_rows, history.tables, 0, 1)
+    assert store.spheres[0, 3].isnan()
+
+
+def test_spheres_enclose_wherever_skipped_steps_lead():
+    """Rows left alone for up to 2000 steps stay inside of the sphere of their last step."""
+    layout = RowLayout(0)
+    n = 500
+    store = HostStore(layout, max_rows=n)
+    store.resize(n)
+    used = layout.optimized
+    store.params[:, :used] = torch.randn(n, used)
+    lr = dict.fromkeys(GROUPS, 0.02)
+    history = AdamHistory(layout, lr, dict.fromkeys(GROUPS, 1e-15))
+    ids = np.arange(n, dtype=np.int32)
+    per_column = np.append([0.02] * len(GROUPS), 0)[layout.group_of_column].astype(np.float32)
+    for _ in range(30):
+        grads = torch.zeros(n, layout.width)
+        grads[:, :used] = torch.randn(n, used)
+        _C.settle_and_step(store.kernel_rows, history.tables, ids, grads.numpy(), per_column)
+        history.advance(np.full(len(GROUPS), 0.02))
+    spheres = store.spheres[:n].clone()
+    moved = 0.0
+    for step in range(2000):
+        history.advance(np.full(len(GROUPS), 0.02))
+        if step % 199 == 0:
+            rows = np.empty((n, layout.width), dtype=np.float32)
+            _C.gather_settled(store.kernel_rows, history.tables, ids, rows)
+            means = torch.from_numpy(rows[:, layout.columns["means"]])
+            sigma = torch.from_numpy(rows[:, layout.columns["scales"]]).amax(dim=1).exp()
+            motion = (means - spheres[:, :3]).norm(dim=1)
+            moved = max(moved, float(motion.max()))
+            assert (motion + 3.33 * sigma <= spheres[:, 3]).all()
+    assert moved > 0.02

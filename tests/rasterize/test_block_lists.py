@@ -94,6 +94,20 @@ def test_blocks_without_a_visible_trace_are_left_out() -> None:
     assert found == {0: [0]}
 
 
+def test_tiles_that_the_square_does_not_touch_are_left_out() -> None:
+    """Even where alpha would be above 1/255: gsplat cuts off there, visibly."""
+    found = lists(
+        48,
+        48,
+        torch.tensor([[24.0, 24.0]]),
+        torch.tensor([[0.01, 0.0, 0.01]]),
+        torch.tensor([0.9]),
+        torch.tensor([1.0]),
+        torch.tensor([3], dtype=torch.int32),
+    )
+    assert found == {6 * y + x: [0] for y in (2, 3) for x in (2, 3)}
+
+
 @pytest.mark.parametrize("far_away", [1e20, -1e20, math.inf])
 def test_edges_beyond_the_range_of_integers(far_away: float) -> None:
     found = lists(

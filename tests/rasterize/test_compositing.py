@@ -117,6 +117,12 @@ def test_faint_gaussians_are_skipped() -> None:
     assert 0 < (alpha == 0).double().mean() < 1
 
 
+def test_opacity_zero_has_zero_gradients() -> None:
+    inputs = splats(6, 10, 10)
+    inputs[3][::2] = 0
+    check(inputs, 10, 10)
+
+
 def test_indefinite_conics_are_skipped_where_sigma_is_negative() -> None:
     width, height = 18, 18
     inputs = splats(16, width, height)
