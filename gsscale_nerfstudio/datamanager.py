@@ -58,9 +58,9 @@ def _explained(data: Any) -> Iterator[None]:
     except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
         raise GSScaleError(
             f"the data set {data} could not be loaded ({type(error).__name__}: {error}); check "
-            "that the folder exists, that its images are there, whole, and as large as its cameras say, "
-            "that it has at least one image with a pose, and that its format is the one named on "
-            "the command line (nerfstudio-data, colmap, blender-data, ...)"
+            "that the folder exists, that it has at least one image with a pose, that its images "
+            "are there, whole, and as large as their cameras say, and that its format is the one "
+            "named on the command line (nerfstudio-data, colmap, blender-data, ...)"
         ) from error
 
 
