@@ -83,6 +83,9 @@ def section(name: str, comparison: Comparison) -> str:
     lines += markdown(tables.summary_table(comparison))
     lines += ["", "Every run:", ""]
     lines += markdown(tables.run_table(comparison))
+    culling = tables.culling_table(comparison)
+    if culling.rows:
+        lines += ["", "The culler, on the held-out views:", "", *markdown(culling)]
     failed = tables.failures(comparison)
     if failed:
         lines += ["", "Failed:", "", *[f"- {_escape(sentence)}" for sentence in failed]]

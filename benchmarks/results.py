@@ -46,6 +46,11 @@ class Run:
     peak_gpu_allocated_bytes: int | None = None
     peak_gpu_reserved_bytes: int | None = None
     peak_host_bytes: int | None = None
+    visible_share: float | None = None
+    """This and the next three: the culler on the held-out views, see benchmarks/culling.py."""
+    culled_per_drawn: float | None = None
+    rows_dropped: int | None = None
+    largest_render_difference: float | None = None
     parallel: int = 1
     """Runs that shared the machine; above 1 nothing was timed."""
     machine: dict[str, Any] | None = None

@@ -63,6 +63,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     from nerfstudio.utils import profiler
 
     from benchmarks import images, ns_config
+    from benchmarks.culling import check_culling
     from benchmarks.meter import TrainingMeter
     from benchmarks.offline import ensure_lpips_backbone
 
@@ -113,6 +114,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
         "held_out_images": len(pipeline.datamanager.eval_dataset),
         "gaussians": int(pipeline.model.num_points),
         **meter.result,
+        **check_culling(pipeline),
     }
 
 

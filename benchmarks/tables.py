@@ -64,6 +64,32 @@ def summary_table(comparison: Comparison) -> TextTable:
     return TextTable(columns, [_summary(row) for row in compare_groups(comparison)])
 
 
+def culling_table(comparison: Comparison) -> TextTable:
+    """One row a run with a culler: the rows that it brings to the device for held-out views."""
+    columns = [
+        "method",
+        "seed",
+        "rows brought",
+        "per row drawn",
+        "rows dropped",
+        "image difference",
+    ]
+    rows = [
+        [
+            group.label,
+            str(run.seed),
+            _text(run.visible_share, "{:.1%}"),
+            _text(run.culled_per_drawn, "{:.3f}"),
+            _text(run.rows_dropped, "{:,}"),
+            _text(run.largest_render_difference, "{:.1e}"),
+        ]
+        for group in group_runs(comparison)
+        for run in sorted(group.runs, key=lambda run: run.seed)
+        if run.visible_share is not None
+    ]
+    return TextTable(columns, rows)
+
+
 def failures(comparison: Comparison) -> list[str]:
     """A sentence for every failed run."""
     return [

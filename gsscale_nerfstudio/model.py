@@ -187,7 +187,7 @@ class GSScaleModel(SplatfactoModel):
 
         working = self.engine.begin(view) if self.training else self.engine.fetch(view)
         depth = self.config.output_depth_during_training or not self.training
-        rendering = self._rasterize(working, view, world_to_camera(camera_to_world), depth)
+        rendering = self.draw(working, view, world_to_camera(camera_to_world), depth)
         if self.training and self.step < self.strategy.refine_stop_iter:
             working.statistics = lambda: screen_statistics(rendering, view)
 
@@ -212,9 +212,15 @@ class GSScaleModel(SplatfactoModel):
             "background": background,
         }
 
-    def _rasterize(
-        self, working: WorkingSet, view: View, viewmat: Tensor, depth: bool
-    ) -> Rendering:
+    def draw(self, working: WorkingSet, view: View, viewmat: Tensor, depth: bool) -> Rendering:
+        """Activate a working set's attributes and rasterize them, cropped outside of training.
+
+        Args:
+            working: rows on the device.
+            view: camera; its pose is taken from ``viewmat``, which may carry a gradient.
+            viewmat: [4, 4] world to camera, OpenCV axes.
+            depth: whether to render depth, too.
+        """
         leaves = working.leaves
         if self.crop_box is not None and not self.training:
             inside = self.crop_box.within(leaves["means"]).squeeze(-1)

@@ -116,6 +116,8 @@ class Engine(ABC):
             eps={name: group["eps"] for name, group in groups.items()},
             betas=betas.pop(),
         )
+        if self.device.type == "cuda":
+            self.store.pin()  # moments, too: not before there is training to do
         self.rows_changed()
 
     def _publish(self, leaves: dict[str, Parameter]) -> None:

@@ -16,8 +16,9 @@ from gsscale_nerfstudio.errors import GSScaleError
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 
-_PIN_CHUNK = 256 << 20
-"""Bytes per cudaHostRegister call: small enough not to lock memory far ahead of its use."""
+_PIN_CHUNKS = 16 << 20, 256 << 20
+"""Bytes per cudaHostRegister call, at first and at most: locking takes the memory, so a small scene
+gets small chunks; a large one would need too many of them."""
 
 
 def memory_limit() -> int:
@@ -84,12 +85,16 @@ class ReservedArray:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize)
         self.tensor: Tensor = flat.view(max(1, capacity), width)
-        self._pinned = 0
+        self._pinned: list[tuple[int, int]] = []  # start and size of each chunk, in bytes
 
     @property
     def pinned_rows(self) -> int:
         """Rows that lie in page-locked memory."""
-        return self._pinned // self._row_bytes
+        return self._pinned_end // self._row_bytes
+
+    @property
+    def _pinned_end(self) -> int:
+        return sum(self._pinned[-1]) if self._pinned else 0
 
     def pin(self, rows: int) -> None:
         """Page-lock, in chunks, the memory of the first ``rows`` rows, so that GPUs can read it.
@@ -99,27 +104,24 @@ class ReservedArray:
         """
         total = self.tensor.numel() * self.tensor.element_size()
         wanted = min(rows * self._row_bytes, total)
-        while self._pinned < wanted:
-            size = min(_PIN_CHUNK, total - self._pinned)
-            code = torch.cuda.cudart().cudaHostRegister(
-                self.tensor.data_ptr() + self._pinned, size, 0
-            )
+        smallest, largest = _PIN_CHUNKS
+        while (start := self._pinned_end) < wanted:
+            size = min(max(smallest, min(start, largest)), total - start)
+            code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr() + start, size, 0)
             if int(code) != 0:
                 raise GSScaleError(
                     f"CUDA could not page-lock {size >> 20} MiB of host memory (error "
                     f"{int(code)}); raise the limit of locked memory (`ulimit -l unlimited`, or "
                     "--ulimit memlock=-1 for a container) or free host memory"
                 )
-            self._pinned += size
+            self._pinned.append((start, size))
 
     def unpin(self) -> None:
         """Give page-locked memory back to the system; the rows stay."""
-        start = 0
-        while start < self._pinned:
+        for start, _ in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr() + start)
-            start += _PIN_CHUNK
-        self._pinned = 0
+        self._pinned.clear()
 
     def __del__(self) -> None:
-        if getattr(self, "_pinned", 0):
+        if getattr(self, "_pinned", None):
             self.unpin()

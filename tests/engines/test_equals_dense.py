@@ -125,7 +125,7 @@ def train_rows(
 
 
 def make_engine(values: dict[str, Tensor], layout: RowLayout, device: str) -> Engine:
-    store = HostStore(layout, max_rows=10_000)
+    store = HostStore(layout, max_rows=200_000)
     store.append(values, stamp=0)
     return HostEngine(store, torch.device(device))
 
@@ -166,6 +166,47 @@ def test_two_hundred_steps_equal_dense_adam():
     moved = {name: float((dense[name] - values[name]).abs().max()) for name in GROUPS}
     assert min(moved.values()) > 1e-3, moved
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_given_gradients_equal_dense_adam(device):
+    """The engine's way to the device and back, without a rasterizer's own rounding in between."""
+    layout = RowLayout(2)
+    values = random_rows(2000, layout)
+    engine = make_engine(values, layout, device)
+    optimizers, schedulers = make_optimizers(engine.parameters(), True, 1e-15)
+    dense = {name: torch.nn.Parameter(v.clone()) for name, v in values.items()}
+    adams, plain_schedulers = make_optimizers({n: [p] for n, p in dense.items()}, False, 1e-15)
+    views = ring_of_views()
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        working = engine.begin(views[(step * 5) % len(views)])
+        for name in GROUPS:
+            leaf = working.leaves[name]
+            grad = 0.01 * torch.randn(leaf.shape, generator=generator)
+            leaf.grad = grad.to(device)
+            dense[name].grad = torch.zeros_like(dense[name])
+            dense[name].grad[working.ids.long()] = grad
+        for name in GROUPS:
+            optimizers[name].step()
+            schedulers[name].step()
+            adams[name].step()
+            plain_schedulers[name].step()
+    engine.settle()
+    errors = largest_errors(engine.store, {n: p.detach() for n, p in dense.items()})
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.gpu
+def test_rows_are_page_locked_as_they_come():
+    layout = RowLayout(3)
+    engine = make_engine(random_rows(1000, layout), layout, "cuda")
+    make_optimizers(engine.parameters(), True, 1e-15)
+    store = engine.store
+    assert store.params[:1000].is_pinned() and store.exp_avg_sq[:1000].is_pinned()
+    assert not store.params[150_000:].is_pinned()
+    store.resize(200_000)  # 51 MB: past the first chunk
+    assert store.params[199_999:].is_pinned()
 
 
 def test_renders_in_between_do_not_disturb():

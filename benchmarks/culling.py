@@ -1,0 +1,52 @@
+"""The culler on a trained scene: how much more than needed it brings, and whether it drops rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def check_culling(pipeline: Any) -> dict[str, Any]:
+    """Compare, on every held-out view, the working set with all rows.
+
+    Needs all rows on the device at once, so it comes after memory was measured.
+
+    Returns:
+        ``visible_share``: mean share of rows that the culler brings to the device;
+        ``culled_per_drawn``: mean ratio of those to the rows that the rasterizer draws of all rows;
+        ``rows_dropped``: rows drawn of all rows but not of the working set, summed over views;
+        ``largest_render_difference``: between the two images, of a colour range of 1.
+        Nothing for a method without a culler.
+    """
+    model = pipeline.model
+    if not hasattr(model, "engine"):
+        return {}
+    from gsscale_nerfstudio.cull import View
+    from gsscale_nerfstudio.engines import WorkingSet
+    from gsscale_nerfstudio.model import world_to_camera
+
+    pipeline.eval()
+    everything = WorkingSet(
+        ids=torch.arange(model.num_points, dtype=torch.int32),
+        leaves={name: v.to(model.device) for name, v in model.gauss_params.items()},
+    )
+    shares, ratios, dropped, difference = [], [], 0, 0.0
+    for camera, _ in pipeline.datamanager.fixed_indices_eval_dataloader:
+        view = View.from_camera(camera)
+        viewmat = world_to_camera(camera.camera_to_worlds)
+        working = model.engine.fetch(view)
+        part = model.draw(working, view, viewmat, depth=False)
+        whole = model.draw(everything, view, viewmat, depth=False)
+        drawn = int((whole.radii > 0).sum())
+        shares.append(len(working) / model.num_points)
+        ratios.append(len(working) / max(1, drawn))
+        dropped += drawn - int((part.radii > 0).sum())
+        difference = max(difference, float((part.rgb - whole.rgb).abs().max()))
+    return {
+        "visible_share": sum(shares) / len(shares),
+        "culled_per_drawn": sum(ratios) / len(ratios),
+        "rows_dropped": dropped,
+        "largest_render_difference": difference,
+    }
