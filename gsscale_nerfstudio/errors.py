@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 
 
 class GSScaleError(RuntimeError):
@@ -23,5 +24,8 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except GSScaleError as error:
-        CONSOLE.print(f"[bold red]gsscale:[/bold red] {error}", highlight=False, soft_wrap=True)
+        # Escaped: a path like [old] in the message is no markup.
+        CONSOLE.print(
+            f"[bold red]gsscale:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(1)

@@ -21,6 +21,10 @@ if not torch.cuda.is_available():
     sys.modules["gsplat.cuda._backend"] = stub
 
 
+# torch's own threads and our kernels' have a pool each; on two cores they would wait for each other.
+torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

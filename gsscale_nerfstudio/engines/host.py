@@ -28,7 +28,7 @@ class _Staging:
             if self._event is not None:
                 # The last copy out of this buffer may still be under way: it must not see new rows.
                 self._event.synchronize()
-            self._array.pin(n)
+            self._array.pin_whole(n)
         return self._array.tensor[:n]
 
     def copied(self) -> None:

@@ -97,16 +97,39 @@ class ReservedArray:
         return sum(self._pinned[-1]) if self._pinned else 0
 
     def pin(self, rows: int) -> None:
-        """Page-lock, in chunks, the memory of the first ``rows`` rows, so that GPUs can read it.
+        """Page-lock, in chunks, the memory of the first ``rows`` rows.
+
+        Kernels on the GPU may read across chunks; copies (``cudaMemcpy``) must not.
 
         Raises:
             GSScaleError: CUDA could not lock the memory.
         """
-        total = self.tensor.numel() * self.tensor.element_size()
-        wanted = min(rows * self._row_bytes, total)
         smallest, largest = _PIN_CHUNKS
-        while (start := self._pinned_end) < wanted:
-            size = min(max(smallest, min(start, largest)), total - start)
+        while self._pinned_end < min(rows * self._row_bytes, self._total_bytes):
+            self._lock(max(smallest, min(self._pinned_end, largest)))
+
+    def pin_whole(self, rows: int) -> None:
+        """Page-lock the memory of the first ``rows`` rows as one piece, for copies.
+
+        Nothing may be reading or writing it: what is locked now is unlocked first.
+
+        Raises:
+            GSScaleError: CUDA could not lock the memory.
+        """
+        wanted = min(rows * self._row_bytes, self._total_bytes)
+        if self._pinned_end < wanted:
+            self.unpin()
+            self._lock(max(_PIN_CHUNKS[0], wanted + wanted // 4))
+
+    @property
+    def _total_bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def _lock(self, size: int) -> None:
+        """Page-lock ``size`` bytes, or what there is, behind those that are locked already."""
+        start = self._pinned_end
+        size = min(size, self._total_bytes - start)
+        if size > 0:
             code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr() + start, size, 0)
             if int(code) != 0:
                 raise GSScaleError(

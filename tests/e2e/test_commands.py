@@ -33,6 +33,7 @@ def command(name: str, *args: object) -> str:
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
             "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
         },
         timeout=600,

@@ -198,6 +198,22 @@ def test_given_gradients_equal_dense_adam(device):
 
 
 @pytest.mark.gpu
+def test_working_sets_of_any_size_reach_the_device():
+    """Larger than a chunk of page-locked memory, growing and shrinking: what arrives is whole."""
+    layout = RowLayout(3)
+    values = random_rows(200_000, layout)
+    engine = make_engine(values, layout, "cuda")
+    far = ring_of_views()[0]
+    for distance in (0.1, 3.0, 40.0, 0.1, 40.0):
+        viewmat = np.eye(4)
+        viewmat[2, 3] = distance
+        working = engine.fetch(View(viewmat, far.K, far.width, far.height))
+        for name in GROUPS:
+            assert torch.equal(working.leaves[name].cpu(), values[name][working.ids.long()])
+    assert len(working) > 100_000
+
+
+@pytest.mark.gpu
 def test_rows_are_page_locked_as_they_come():
     layout = RowLayout(3)
     engine = make_engine(random_rows(1000, layout), layout, "cuda")
