@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     sys.modules["gsplat.cuda._backend"] = stub
 
 
-# torch's own threads and our kernels' have a pool each; on two cores they would wait for each other.
+# torch's threads and our kernels' are two pools; on two cores they would wait for each other.
 torch.set_num_threads(1)
 
 

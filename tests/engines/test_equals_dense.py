@@ -213,18 +213,6 @@ def test_working_sets_of_any_size_reach_the_device():
     assert len(working) > 100_000
 
 
-@pytest.mark.gpu
-def test_rows_are_page_locked_as_they_come():
-    layout = RowLayout(3)
-    engine = make_engine(random_rows(1000, layout), layout, "cuda")
-    make_optimizers(engine.parameters(), True, 1e-15)
-    store = engine.store
-    assert store.params[:1000].is_pinned() and store.exp_avg_sq[:1000].is_pinned()
-    assert not store.params[150_000:].is_pinned()
-    store.resize(200_000)  # 51 MB: past the first chunk
-    assert store.params[199_999:].is_pinned()
-
-
 def test_renders_in_between_do_not_disturb():
     layout = RowLayout(1)
     values, targets = scene(150, layout)
