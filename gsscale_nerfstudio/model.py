@@ -20,7 +20,6 @@ from nerfstudio.model_components.lib_bilagrid import (
 )
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.colors import get_color
-from nerfstudio.utils.rich_utils import CONSOLE
 from pytorch_msssim import SSIM
 from torch import Tensor
 from torch.nn import Parameter
@@ -72,7 +71,10 @@ class GSScaleModel(SplatfactoModel):
         # The device is not known before the model is moved to it; see _apply.
         self.engine = HostEngine(store, torch.device("cpu"))
         self.gauss_params = GaussParams(  # type: ignore[assignment]
-            store, settle=lambda: self.engine.settle(), replaced=lambda: self.engine.restart(0)
+            store,
+            settle=lambda: self.engine.settle(),
+            replaced=lambda: self.engine.restart(0),
+            leaves=self.engine.leaves,
         )
         self.camera_optimizer = config.camera_optimizer.setup(
             num_cameras=self.num_train_data, device="cpu"
@@ -360,13 +362,3 @@ def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
         )
     if trainer.world_size > 1:
         raise GSScaleError("training on several GPUs is not supported; use --machine.num-devices 1")
-
-
-def print_summary(model: GSScaleModel) -> None:
-    """One line at start: what lives where."""
-    store = model.engine.store
-    CONSOLE.print(
-        f"gsscale: {len(store):,} Gaussians in host memory "
-        f"({len(store) * store.row_bytes / 2**20:.0f} MiB), rasterized on {model.device}",
-        highlight=False,
-    )

@@ -73,8 +73,10 @@ class Engine(ABC):
         self.current: WorkingSet | None = None
         self._stepped: dict[str, float] = {}
         self._settled = True
-        # Lists handed out by parameters(): Nerfstudio clips gradients of what they hold.
-        self._published = {name: [self._placeholder(name)] for name in GROUPS}
+        # The present leaves, and the lists handed out by parameters(): Nerfstudio clips the
+        # gradients of what these lists hold.
+        self.leaves = {name: self._placeholder(name) for name in GROUPS}
+        self._published = {name: [leaf] for name, leaf in self.leaves.items()}
         self.rows_changed()
 
     # -- optimizers ------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ class Engine(ABC):
 
     def _publish(self, leaves: dict[str, Parameter]) -> None:
         for name, leaf in leaves.items():
-            self._published[name][0] = leaf
+            self.leaves[name] = self._published[name][0] = leaf
             if name in self.optimizers:
                 self.optimizers[name].publish(leaf)
 

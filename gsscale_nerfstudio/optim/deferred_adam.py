@@ -87,8 +87,8 @@ class DeferredAdam(torch.optim.Optimizer):
         store = engine.store
         state = {
             "step": torch.tensor(float(engine.step_count)),
-            "exp_avg": store.column(name, store.exp_avg).contiguous(),
-            "exp_avg_sq": store.column(name, store.exp_avg_sq).contiguous(),
+            "exp_avg": store.column_copy(name, store.exp_avg),
+            "exp_avg_sq": store.column_copy(name, store.exp_avg_sq),
         }
         return {"state": {0: state}, "param_groups": [{**adam, **group, "params": [0]}]}
 

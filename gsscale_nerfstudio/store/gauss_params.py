@@ -23,12 +23,19 @@ class GaussParams(nn.Module):
         store: the rows.
         settle: makes all rows current; called before anything is read.
         replaced: called after the rows were replaced by a checkpoint's.
+        leaves: the working set's leaves, kept up to date by their owner. They are what this module
+            has as ``parameters()``: what there is a gradient of (``--log-gradients``).
     """
 
     def __init__(
-        self, store: HostStore, settle: Callable[[], None], replaced: Callable[[], None]
+        self,
+        store: HostStore,
+        settle: Callable[[], None],
+        replaced: Callable[[], None],
+        leaves: dict[str, nn.Parameter],
     ) -> None:
         super().__init__()
+        self._parameters = leaves  # type: ignore[assignment]
         self.store = store
         self._settle = settle
         self._replaced = replaced
@@ -59,9 +66,9 @@ class GaussParams(nn.Module):
         return self  # rows live in host memory, whatever device or dtype the model moves to
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, column in self.items():
-            # A view would make torch.save write the whole store, once per attribute.
-            destination[prefix + name] = column.contiguous()
+        self._settle()
+        for name in GROUPS:
+            destination[prefix + name] = self.store.column_copy(name)
 
     def _load_from_state_dict(
         self,

@@ -86,6 +86,13 @@ class HostStore:
         array = self.params if array is None else array
         return array[: self._n, self.layout.columns[name]].unflatten(1, self.layout.shapes[name])
 
+    def column_copy(self, name: str, array: Tensor | None = None) -> Tensor:
+        """Contiguous copy [n, *shape] of one group's columns, with memory of its own.
+
+        For files: ``torch.save`` of a view, even an empty one, writes the whole store behind it.
+        """
+        return self.column(name, array).clone(memory_format=torch.contiguous_format)
+
     def bookkeeping(self, name: str) -> Tensor:
         """Strided view [n] of one bookkeeping column."""
         return self.params[: self._n, self.layout.bookkeeping[name]]

@@ -121,6 +121,17 @@ def test_columns_are_views():
     assert store.column("means").stride() == (LAYOUT.width, 1)
 
 
+@pytest.mark.parametrize("degree, rows", [(0, 5), (3, 1), (3, 0)])
+def test_copies_for_files_share_nothing_with_the_store(degree, rows):
+    """Empty columns and single rows count as contiguous already, and are views all the same."""
+    store = HostStore(RowLayout(degree))
+    store.resize(rows)
+    for name in GROUPS:
+        copy = store.column_copy(name)
+        assert copy.is_contiguous() and copy.shape == store.column(name).shape
+        assert copy.untyped_storage().nbytes() == copy.numel() * 4
+
+
 def test_reserving_is_not_using():
     """Address space for a hundred million rows costs no memory and no time."""
     array = ReservedArray(100_000_000, 64)

@@ -1,0 +1,121 @@
+"""Nerfstudio's flags that reach into the rows do what they do with splatfacto."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gsscale_nerfstudio.store import GROUPS
+from tests.runs import make_config, tiny_scene, train
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_scene(tmp_path_factory.mktemp("flags") / "scene")
+
+
+def means_of(trainer) -> torch.Tensor:
+    return trainer.pipeline.model.means.clone()
+
+
+def test_log_gradients_covers_the_gaussians(scene, tmp_path, monkeypatch):
+    config = make_config(scene, tmp_path)
+    config.log_gradients = True
+    trainer = config.setup()
+    trainer.setup()
+    trainer.pipeline.train()
+    for callback in trainer.callbacks:
+        callback.run_callback_at_location(0, callback.where_to_run[0])
+    _, _, metrics = trainer.train_iteration(0)
+    for name in GROUPS:
+        assert f"Gradients/gauss_params.{name}" in metrics
+    assert metrics["Gradients/gauss_params.means"] > 0
+    assert metrics["Gradients/Total"] >= metrics["Gradients/gauss_params.means"]
+
+
+def test_gradient_clipping_clips(scene, tmp_path):
+    """Adam divides a constant factor out again; a norm that varies from step to step shows."""
+    plain = train(make_config(scene, tmp_path / "plain", steps=6))
+    config = make_config(scene, tmp_path / "clipped", steps=6)
+    config.optimizers["means"]["optimizer"].max_norm = 1e-9
+    clipped = train(config)
+    moments = clipped.pipeline.model.engine.store
+    norm = moments.column("means", moments.exp_avg).norm()
+    assert 0 < norm < 1e-9
+    assert not torch.equal(means_of(plain), means_of(clipped))
+
+
+def test_learning_rate_flags_reach_the_rows(scene, tmp_path):
+    config = make_config(scene, tmp_path, steps=4)
+    config.optimizers["means"]["optimizer"].lr = 0.0
+    config.optimizers["means"]["scheduler"] = None
+    trainer = config.setup()
+    trainer.setup()
+    before = means_of(trainer)
+    colors = trainer.pipeline.model.features_dc.clone()
+    trainer.train()
+    assert torch.equal(means_of(trainer), before)
+    assert not torch.equal(trainer.pipeline.model.features_dc, colors)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_bilateral_grid": True},
+        {"sh_degree": 0},
+        {"rasterize_mode": "antialiased"},
+        {"background_color": "white"},
+        {"random_init": True, "num_random": 400, "random_scale": 3.0},
+        {"use_absgrad": False},
+        {"output_depth_during_training": True},
+        {"use_scale_regularization": True, "max_gauss_ratio": 1.5},
+        {"color_corrected_metrics": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_splatfacto_train(options, scene, tmp_path):
+    trainer = train(make_config(scene, tmp_path, steps=4, **options))
+    model = trainer.pipeline.model
+    assert all(model.gauss_params[name].isfinite().all() for name in GROUPS)
+    metrics = trainer.pipeline.get_average_eval_image_metrics()
+    assert math.isfinite(metrics["psnr"])
+    assert ("cc_psnr" in metrics) == options.get("color_corrected_metrics", False)
+
+
+def test_scale_regularization_has_splatfactos_weight(scene, tmp_path):
+    """On a view that sees all rows it is splatfacto's mean over all Gaussians."""
+    config = make_config(scene, tmp_path, use_scale_regularization=True, max_gauss_ratio=2.0)
+    trainer = config.setup()
+    trainer.setup()
+    model = trainer.pipeline.model
+    scales = torch.randn(len(model.engine.store), 3)
+    model.engine.store.column("scales").copy_(scales)
+
+    class Everything:
+        leaves = {"scales": scales}  # noqa: RUF012
+
+    model.engine.current = Everything()
+    ratio = scales.exp().amax(-1) / scales.exp().amin(-1)
+    expected = 0.1 * (torch.maximum(ratio, torch.tensor(2.0)) - 2.0).mean()
+    torch.testing.assert_close(model._scale_regularization(), expected)
+
+
+def test_camera_optimizer_moves_the_poses(scene, tmp_path):
+    config = make_config(scene, tmp_path, steps=8)
+    config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+    config.optimizers["camera_opt"]["scheduler"] = None
+    trainer = train(config)
+    assert trainer.pipeline.model.camera_optimizer.pose_adjustment.abs().max() > 0
+
+
+def test_moving_the_model_leaves_the_rows(scene, tmp_path):
+    trainer = train(make_config(scene, tmp_path, steps=2))
+    model = trainer.pipeline.model
+    address = model.engine.store.params.data_ptr()
+    model.to(torch.float64).to("cpu")
+    assert model.engine.store.params.data_ptr() == address
+    assert model.means.dtype == torch.float32
+    assert model.means.data_ptr() == address  # a view, no copy
