@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +13,9 @@ from torch.nn import Parameter
 
 from gsscale_nerfstudio.cull import Culler, View
 from gsscale_nerfstudio.errors import GSScaleError
-from gsscale_nerfstudio.optim.history import AdamHistory
+from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
+from gsscale_nerfstudio.optim.row_group import RowGroup
 from gsscale_nerfstudio.store import GROUPS, HostStore
-
-if TYPE_CHECKING:
-    from gsscale_nerfstudio.optim.deferred_adam import DeferredAdam
 
 ScreenStatistics = tuple[Tensor, Tensor, Tensor]
 """Per row of a working set: norm of the screen-space gradient, times seen (0 or 1), largest
@@ -41,14 +38,6 @@ class WorkingSet:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Ties an optimizer's parameter to its columns of the store."""
-
-    name: str
-    engine: Engine
 
 
 class Engine(ABC):
@@ -145,8 +134,7 @@ class Engine(ABC):
         self._step_rows(self.current, lrs)
         self._settled = False
         if self.history.advance(lrs):
-            self.settle()
-            self.rows_changed()
+            self.refresh_bounds()
 
     def restart(self, step: int) -> None:
         """Take over a checkpoint: all rows are current for ``step``."""
@@ -188,5 +176,17 @@ class Engine(ABC):
         """Make every row in the store current, parameters and moments."""
 
     @abstractmethod
+    def refresh_bounds(self) -> None:
+        """Settle all rows and recompute the culler's bounds of them."""
+
     def rows_changed(self) -> None:
-        """Recompute what is derived from rows, after they were added, removed or rewritten."""
+        """Recompute what is derived from rows, after they were added, removed or rewritten.
+
+        All bounds are new then, so it is also the time to fit them to the present learning rates.
+        """
+        self.settle()
+        if len(self.optimizers) == len(GROUPS):
+            self.history.rebound(
+                np.array([self.optimizers[name].param_groups[0]["lr"] for name in GROUPS])
+            )
+        self.refresh_bounds()

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.base import Engine, WorkingSet
-from gsscale_nerfstudio.store import GROUPS, HostStore
+from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.memory import ReservedArray
 
 
@@ -103,13 +103,9 @@ class HostEngine(Engine):
             _C.settle_range(self.store.kernel_rows, self.history.tables, 0, len(self.store))
             self._settled = True
 
-    def rows_changed(self) -> None:
+    def refresh_bounds(self) -> None:
         # Spheres bound a row's motion from its stamp on, by the learning rates of today; steps that
         # a row skipped under a higher learning rate must be behind it.
         self.settle()
-        if len(self.optimizers) == len(GROUPS):
-            self.history.rebound(
-                np.array([self.optimizers[name].param_groups[0]["lr"] for name in GROUPS])
-            )
         _C.refresh_spheres(self.store.kernel_rows, self.history.tables, 0, len(self.store))
         self.culler.refresh(len(self.store))

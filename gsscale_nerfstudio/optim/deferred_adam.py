@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from torch import Tensor
 
 from gsscale_nerfstudio.errors import GSScaleError
-
-if TYPE_CHECKING:
-    from gsscale_nerfstudio.engines.base import RowGroup
+from gsscale_nerfstudio.optim.row_group import RowGroup
 
 
 class DeferredAdam(torch.optim.Optimizer):

@@ -273,12 +273,15 @@ def test_a_missing_optimizer_step_is_noticed():
         engine.begin(view)
 
 
-def test_a_rising_learning_rate_keeps_the_culler_conservative():
+def test_a_rising_learning_rate_keeps_the_culler_conservative(monkeypatch):
     """A warm-up outgrows the bound that the spheres were computed with."""
     layout = RowLayout(1)
     values, targets = scene(150, layout)
     engine = make_engine(values, layout, "cpu")
     optimizers, _ = make_optimizers(engine.parameters(), True, 1e-15)
+    refreshed = []
+    refresh = engine.refresh_bounds
+    monkeypatch.setattr(engine, "refresh_bounds", lambda: refreshed.append(1) or refresh())
     views = ring_of_views()
     for step in range(15):
         view = views[(step * 5) % len(views)]
@@ -293,6 +296,8 @@ def test_a_rising_learning_rate_keeps_the_culler_conservative():
             whole = draw(everything, other)
             part = draw(engine.fetch(other).leaves, other)
             assert int((part.radii > 0).sum()) == int((whole.radii > 0).sum())
+    # 1.5^12 is 130: eight doublings, not one refresh of all rows at every step.
+    assert 0 < len(refreshed) <= 8
 
 
 def settled_copy(engine: Engine) -> dict[str, Tensor]:
