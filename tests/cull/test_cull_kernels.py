@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsscale_nerfstudio import _C
+from tests.isa import run_with_isa
 
 BLOCK = _C.BLOCK_ROWS
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 17, 64 * BLOCK, 70 * BLOCK - 5, 130 * BLOCK]
@@ -197,17 +195,7 @@ print(_C.isa(), digest.hexdigest())
 
 def test_instruction_sets_agree() -> None:
     names = ["baseline", "avx2", "avx512"]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    seen = dict(
-        subprocess.run(
-            [sys.executable, "-c", HASH],
-            env=environment | {"GSSCALE_ISA": name},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-        for name in names[: names.index(_C.isa()) + 1]
-    )
+    seen = dict(run_with_isa(HASH, name) for name in names[: names.index(_C.isa()) + 1])
     assert _C.isa() in seen and "baseline" in seen
     assert len(set(seen.values())) == 1, seen
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +9,7 @@ import torch
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.optim.history import AdamHistory
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from tests.isa import run_with_isa
 
 
 def run_against_dense_adam(degree: int, steps: int = 200, n: int = 600) -> float:
@@ -67,14 +64,7 @@ def test_every_instruction_set_equals_dense_adam(isa):
         "from gsscale_nerfstudio import _C\n"
         "print(_C.isa(), run(3))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "GSSCALE_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    used, error = done.stdout.split()
+    used, error = run_with_isa(code, isa)
     assert used in ("baseline", isa)
     assert float(error) < 1e-5
 
