@@ -41,6 +41,8 @@ system:
 	  echo "Python's headers are missing; install them: sudo apt-get install python3-dev" >&2; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || { \
 	  echo "No C++ compiler was found; install one: sudo apt-get install g++" >&2; exit 1; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libGL.so.1"); ctypes.CDLL("libglib-2.0.so.0")' 2>/dev/null || { \
+	  echo "Libraries that OpenCV and Open3D need are missing; install them: sudo apt-get install libgl1 libglib2.0-0" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist demo
