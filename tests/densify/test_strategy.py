@@ -214,3 +214,11 @@ def test_has_every_field_of_gsplats_strategy():
     ours = {f.name: f.default for f in dataclasses.fields(RowStrategy)}
     for f in dataclasses.fields(DefaultStrategy):
         assert ours[f.name] == f.default
+
+
+def test_growth_stops_before_memory_runs_out(monkeypatch, capsys):
+    """A process that asks for more than there is gets killed; growing must end before."""
+    store = random_store()
+    monkeypatch.setattr("gsscale_nerfstudio.store.host.available_memory", lambda: 100 << 20)
+    assert RowStrategy(**SETTINGS).grow(store, 5000) == (0, 0)
+    assert "free host memory" in " ".join(capsys.readouterr().out.split())
