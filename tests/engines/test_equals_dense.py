@@ -229,6 +229,18 @@ def test_renders_in_between_do_not_disturb():
         assert torch.equal(plain.store.column(name), watched.store.column(name))
 
 
+def test_blocks_follow_the_rows_that_were_stepped():
+    layout = RowLayout(1)
+    values, targets = scene(600, layout)
+    engine = make_engine(values, layout, "cpu")
+    before = engine.store.blocks[:3].clone()
+    train_rows(engine, targets, 1e-15, steps=3)
+    blocks = engine.store.blocks[:3].clone()
+    assert not torch.equal(blocks, before)
+    engine.culler.refresh(600)
+    assert torch.equal(engine.store.blocks[:3], blocks)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_drawing_the_working_set_is_drawing_everything(device):
     layout = RowLayout(1)

@@ -142,6 +142,16 @@ def test_reserving_is_not_using():
     assert array.tensor[99_999_999, 63] == 1 and array.tensor[50_000_000, 0] == 0
 
 
+def test_moved_rows_count_as_out_of_order():
+    store = HostStore(LAYOUT, max_rows=100)
+    store.append({name: torch.rand(50, *LAYOUT.shapes[name]) for name in GROUPS}, stamp=0)
+    store.sort()
+    mask = torch.zeros(50, dtype=torch.bool)
+    mask[:10] = True
+    store.remove(mask)  # ten rows from the end fill the holes
+    assert store.unsorted_share == 10 / 40
+
+
 def test_growth_does_not_move_rows():
     store = HostStore(LAYOUT)
     store.resize(10)
