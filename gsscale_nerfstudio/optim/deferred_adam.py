@@ -75,12 +75,7 @@ class DeferredAdam(torch.optim.Optimizer):
         """torch.optim.Adam's format, so that the file also loads into splatfacto."""
         engine, name = self.row_group.engine, self.row_group.name
         engine.settle()
-        # Schedulers leave numpy scalars behind, which torch.load refuses to read.
-        group = {
-            k: float(v) if isinstance(v, float) else v
-            for k, v in self.param_groups[0].items()
-            if k != "params"
-        }
+        group = {k: v for k, v in self.param_groups[0].items() if k != "params"}
         adam = {"weight_decay": 0, "amsgrad": False, "maximize": False, "foreach": None}
         store = engine.store
         state = {

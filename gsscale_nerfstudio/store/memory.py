@@ -21,36 +21,39 @@ _PIN_CHUNKS = 16 << 20, 256 << 20
 gets small chunks; a large one would need too many of them."""
 
 
+# Files with a cgroup's limit and use of memory: version 2, then version 1.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
 def memory_limit() -> int:
     """Bytes of physical memory this process may use: the machine's, or its cgroup's if smaller."""
-    limit = psutil.virtual_memory().total
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limit = min(limit, int(text))
-    return limit
+    limits = [_number(limit) for limit, _ in _CGROUPS]
+    return min([psutil.virtual_memory().total, *(x for x in limits if x is not None)])
 
 
 def available_memory() -> int:
     """Bytes of physical memory that can still be taken without swapping or being killed."""
     available = psutil.virtual_memory().available
-    for limit_path, used_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            limit, used = Path(limit_path).read_text().strip(), Path(used_path).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit() and used.isdigit():
-            available = min(available, int(limit) - int(used))
+    for limit_file, used_file in _CGROUPS:
+        limit, used = _number(limit_file), _number(used_file)
+        if limit is not None and used is not None:
+            available = min(available, limit - used)
     return available
+
+
+def _number(file: str) -> int | None:
+    """The whole number that a file holds; None if it is missing or says "max"."""
+    try:
+        text = Path(file).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 class ReservedArray:
