@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton then runs kernels in numpy, on CPU tensors: slow, and the arithmetic is the same. Read
+    # when the modules with kernels are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Last, so that `benchmarks` and `tests` can be imported and the installed package is what is
 # tested, not the source tree, which has no compiled module.
