@@ -49,6 +49,24 @@ void update(Floats2 spheres, Floats2 blocks, int64_t n_rows, std::optional<Ids> 
         throw std::invalid_argument("row id outside of the first n_rows rows");
 }
 
+void replace_spheres(Floats2 spheres, int64_t n_rows, Ids ids, Floats2 values, int threads) {
+    const int64_t n = (int64_t)ids.shape(0);
+    if (spheres.shape(1) != 4 || values.shape(1) != 4 || (int64_t)values.shape(0) < n)
+        throw std::invalid_argument("spheres must be [rows, 4] and the new ones [>= len(ids), 4]");
+    if (n_rows < 0 || n_rows > (int64_t)spheres.shape(0))
+        throw std::invalid_argument("n_rows outside of spheres");
+    const int32_t *id = ids.data();
+    bool inside = true;
+    for (int64_t i = 0; i < n; ++i) inside &= id[i] >= 0 && id[i] < n_rows;
+    if (!inside) throw std::invalid_argument("row id outside of the first n_rows rows");
+    const float *from = values.data();
+    float *to = spheres.data();
+    nb::gil_scoped_release release;
+    const int n_threads = threads_for(n / kIdsToScan, threads);
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (int64_t i = 0; i < n; ++i) std::copy_n(from + 4 * i, 4, to + 4 * (int64_t)id[i]);
+}
+
 int64_t cull_rows(Floats2 spheres, Floats2 blocks, int64_t n_rows, Floats2 planes, Ids out,
                   int threads) {
     check_bounds(spheres, blocks, n_rows);
@@ -75,6 +93,9 @@ void bind_cull(nb::module_ &m) {
           nb::arg("threads") = 0,
           "Recompute the bounds [blocks, 8] of all blocks of the first n_rows spheres [n, 4], or "
           "of those blocks that hold the rows `row_ids` (ascending).");
+    m.def("replace_spheres", &replace_spheres, nb::arg("spheres").noconvert(), nb::arg("n_rows"),
+          nb::arg("ids").noconvert(), nb::arg("values").noconvert(), nb::arg("threads") = 0,
+          "Write the spheres [n, 4] of the rows `ids`; their blocks' bounds are not touched.");
     m.def("cull", &cull_rows, nb::arg("spheres").noconvert(), nb::arg("blocks").noconvert(),
           nb::arg("n_rows"), nb::arg("planes").noconvert(), nb::arg("out").noconvert(),
           nb::arg("threads") = 0,

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "buffers.h"
+#include "ids.h"
 #include "rows.h"
 
 namespace gsscale {
@@ -71,25 +72,30 @@ void check(const Store &store, const Tables &tables) {
     require((int64_t)tables.skip.shape(1) == store.raw.width, "tables and rows differ in width");
 }
 
-void check_ids(const Store &store, const Ids &ids) {
-    const int32_t *id = ids.data();
-    const int64_t n = (int64_t)ids.shape(0), capacity = store.capacity();
-    bool inside = true;
-    for (int64_t i = 0; i < n; ++i) inside &= id[i] >= 0 && id[i] < capacity;
-    require(inside, "row id outside of the store");
+Selection select(const Store &store, const int32_t *ids, int64_t n_ids, const int32_t *pick,
+                 int64_t n) {
+    if (pick && n > 0) {
+        require(ascending(pick, n), "pick must ascend");
+        require(pick[0] >= 0 && pick[n - 1] < n_ids, "pick outside of ids");
+    }
+    require(all_below(store.capacity(), ids, pick, n), "row id outside of the store");
+    return {ids, pick, n};
 }
 
 void check_range(const Store &store, int64_t begin, int64_t end) {
     require(0 <= begin && begin <= end && end <= store.capacity(), "row range outside of the store");
 }
 
-void gather(const Store &store, const Tables &tables, Ids ids, Floats2 out) {
+void gather(const Store &store, const Tables &tables, Ids ids, Floats2 out,
+            std::optional<Ids> pick) {
     check(store, tables);
-    check_ids(store, ids);
-    require(out.shape(0) >= ids.shape(0) && (int64_t)out.shape(1) == store.raw.width,
-            "out must be [>= len(ids), width]");
+    const int64_t n = (int64_t)(pick ? pick->shape(0) : ids.shape(0));
+    require((int64_t)out.shape(0) >= n && (int64_t)out.shape(1) == store.raw.width,
+            "out must be [>= len(pick or ids), width]");
+    const int32_t *picked = pick ? pick->data() : nullptr;
     nb::gil_scoped_release release;
-    GSSCALE_DISPATCH(gather_settled, store.raw, tables.raw, ids.data(), ids.shape(0), out.data());
+    const Selection rows = select(store, ids.data(), (int64_t)ids.shape(0), picked, n);
+    GSSCALE_DISPATCH(gather_settled, store.raw, tables.raw, rows, out.data());
 }
 
 void settle(const Store &store, const Tables &tables, int64_t begin, int64_t end) {
@@ -107,11 +113,15 @@ void refresh(const Store &store, const Tables &tables, int64_t begin, int64_t en
     GSSCALE_DISPATCH(refresh_spheres, store.raw, tables.raw, begin, end);
 }
 
-void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floats1 lr) {
+void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floats1 lr,
+          std::optional<Ids> pick, std::optional<Floats2> forward) {
     check(store, tables);
-    check_ids(store, ids);
+    const int64_t n = (int64_t)(pick ? pick->shape(0) : ids.shape(0));
     require(grads.shape(0) >= ids.shape(0) && (int64_t)grads.shape(1) == store.raw.width,
             "grads must be [>= len(ids), width]");
+    require(!forward || ((int64_t)forward->shape(0) >= n &&
+                         (int64_t)forward->shape(1) == store.raw.width),
+            "forward must be [>= len(pick or ids), width]");
     require((int64_t)lr.shape(0) == store.raw.width, "lr must have one entry per column");
     const double t = (double)tables.raw.step + 1.0;
     const double bias1 = 1.0 - std::pow(tables.raw.beta1, t);
@@ -120,14 +130,17 @@ void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floa
     for (int64_t c = 0; c < store.raw.width; ++c) step_size[c] = (float)(lr.data()[c] / bias1);
     const AdamStep adam{step_size, (float)(1.0 - tables.raw.beta1), (float)tables.raw.beta2,
                         (float)(1.0 - tables.raw.beta2), (float)(1.0 / std::sqrt(bias2))};
+    const int32_t *picked = pick ? pick->data() : nullptr;
+    float *stepped = forward ? forward->data() : nullptr;
     nb::gil_scoped_release release;
-    GSSCALE_DISPATCH(settle_and_step, store.raw, tables.raw, adam, ids.data(), ids.shape(0),
-                     grads.data());
+    const Selection rows = select(store, ids.data(), (int64_t)ids.shape(0), picked, n);
+    GSSCALE_DISPATCH(settle_and_step, store.raw, tables.raw, adam, rows, grads.data(), stepped);
 }
 
 }  // namespace
 
 void bind_rows(nb::module_ &m) {
+    // noconvert: nanobind would otherwise hand us a converted copy and lose what we write to it.
     // noconvert: nanobind would otherwise hand us a converted copy and lose what we write to it.
     nb::class_<Store>(m, "Rows")
         .def(nb::init<Floats2, Floats2, Floats2, std::optional<Floats2>, Columns>(),
@@ -140,14 +153,20 @@ void bind_rows(nb::module_ &m) {
              nb::arg("decay1").noconvert(), nb::arg("decay2").noconvert(), nb::arg("eps").noconvert(), nb::arg("reach").noconvert(),
              nb::arg("group").noconvert(), nb::arg("beta1"), nb::arg("beta2"));
     m.def("gather_settled", &gather, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
-          nb::arg("out").noconvert(), "Settled params of the rows `ids` into `out`; the store is not written.");
+          nb::arg("out").noconvert(), nb::arg("pick").noconvert().none() = nb::none(),
+          "Settled params of the rows `ids`, or ids[pick], into the rows of `out`; the store is not "
+          "written.");
     m.def("settle_range", &settle, nb::arg("rows"), nb::arg("tables"), nb::arg("begin"),
           nb::arg("end"), "Settle rows begin .. end - 1 in place, to the tables' step.");
     m.def("refresh_spheres", &refresh, nb::arg("rows"), nb::arg("tables"), nb::arg("begin"),
           nb::arg("end"), "Recompute the bounding spheres of rows begin .. end - 1.");
     m.def("settle_and_step", &step, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
           nb::arg("grads").noconvert(), nb::arg("lr").noconvert(),
-          "Settle the rows `ids` to the tables' step t, then apply Adam step t + 1 with `grads`.");
+          nb::arg("pick").noconvert().none() = nb::none(),
+          nb::arg("forward").noconvert().none() = nb::none(),
+          "Settle the rows `ids` to the tables' step t, then apply Adam step t + 1 with `grads`, a "
+          "row per id. With `pick` (ascending positions), only the rows ids[pick]. The rows' params "
+          "after the step are also written to `forward`, one after the other.");
 }
 
 }  // namespace gsscale

@@ -6,13 +6,17 @@ namespace gsscale {
 void bind_rows(nb::module_ &m);
 void bind_cull(nb::module_ &m);
 void bind_order(nb::module_ &m);
+void bind_sets(nb::module_ &m);
+void bind_slots(nb::module_ &m);
 }  // namespace gsscale
 
 NB_MODULE(_C, m) {
-    m.doc() = "Kernels of gsscale: rows (settle, step, gather), culling, row order.";
+    m.doc() = "Kernels of gsscale: rows (settle, step, gather), culling, row order and sets, slots.";
     m.def("isa", [] { return gsscale::isa_name(gsscale::active_isa()); },
           "Instruction set in use: baseline, avx2 or avx512.");
     gsscale::bind_rows(m);
     gsscale::bind_cull(m);
     gsscale::bind_order(m);
+    gsscale::bind_sets(m);
+    gsscale::bind_slots(m);
 }

@@ -46,12 +46,22 @@ struct AdamStep {
     float inv_sqrt_bias2;     // 1 / sqrt(1 - beta2^(t+1))
 };
 
+// The rows ids[0 .. n - 1]; or, where there is a pick, ids[pick[0 .. n - 1]].
+struct Selection {
+    const int32_t *ids;
+    const int32_t *pick;  // or null
+    int64_t n;
+};
+
 GSSCALE_FOR_EACH_ISA(
-    void gather_settled(const RowStore &store, const SkipTables &tables, const int32_t *ids,
-                        int64_t n, float *out);
+    // Row i of the selection goes to out[i].
+    void gather_settled(const RowStore &store, const SkipTables &tables, const Selection &rows,
+                        float *out);
     void settle_range(const RowStore &store, const SkipTables &tables, int64_t begin, int64_t end);
+    // `grads` has a row per id. Row i of the selection, once stepped, is also written to forward[i],
+    // unless `forward` is null.
     void settle_and_step(const RowStore &store, const SkipTables &tables, const AdamStep &adam,
-                         const int32_t *ids, int64_t n, const float *grads);
+                         const Selection &rows, const float *grads, float *forward);
     void refresh_spheres(const RowStore &store, const SkipTables &tables, int64_t begin,
                          int64_t end);)
 

@@ -102,17 +102,23 @@ inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
     sphere[3] = kSigmas * expf(largest) + sqrtf(moved) + kCoordinateSlack * far;
 }
 
+// Position in ids of the i-th row of the selection.
+inline int64_t place_of(const Selection &rows, int64_t i) { return rows.pick ? rows.pick[i] : i; }
+
+inline void prefetch_ahead(const RowStore &s, const Selection &rows, int64_t i) {
+    if (i + kAhead < rows.n) prefetch_row(s, rows.ids[place_of(rows, i + kAhead)]);
+}
+
 inline int64_t stamp_of(const RowStore &s, const float *w) { return (int64_t)w[s.stamp]; }
 
 }  // namespace
 
-void gather_settled(const RowStore &s, const SkipTables &t, const int32_t *ids, int64_t n,
-                    float *out) {
+void gather_settled(const RowStore &s, const SkipTables &t, const Selection &rows, float *out) {
     const int64_t width = s.width;
-#pragma omp parallel for schedule(static) num_threads(threads_for(n))
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + kAhead < n) prefetch_row(s, ids[i + kAhead]);
-        const int64_t at = ids[i] * width;
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows.n))
+    for (int64_t i = 0; i < rows.n; ++i) {
+        prefetch_ahead(s, rows, i);
+        const int64_t at = rows.ids[place_of(rows, i)] * width;
         float *__restrict__ o = out + i * width;
         const float *__restrict__ w = s.params + at;
         const int64_t stamp = stamp_of(s, w);
@@ -146,13 +152,13 @@ void settle_range(const RowStore &s, const SkipTables &t, int64_t begin, int64_t
     }
 }
 
-void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a, const int32_t *ids,
-                     int64_t n, const float *grads) {
+void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
+                     const Selection &rows, const float *grads, float *forward) {
     const int64_t width = s.width;
-#pragma omp parallel for schedule(static) num_threads(threads_for(n))
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + kAhead < n) prefetch_row(s, ids[i + kAhead]);
-        const int64_t at = ids[i] * width;
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows.n))
+    for (int64_t i = 0; i < rows.n; ++i) {
+        prefetch_ahead(s, rows, i);
+        const int64_t place = place_of(rows, i), row = rows.ids[place], at = row * width;
         float *__restrict__ w = s.params + at;
         float *__restrict__ m = s.exp_avg + at;
         float *__restrict__ v = s.exp_avg_sq + at;
@@ -164,7 +170,7 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a, 
         }
         // The gradient row carries the view's densification statistics in the bookkeeping columns.
         float g[kMaxWidth];
-        memcpy(g, grads + i * width, width * sizeof(float));
+        memcpy(g, grads + place * width, width * sizeof(float));
         const float radius = g[s.max_radius];
         w[s.grad2d] += g[s.grad2d];
         w[s.count] += g[s.count];
@@ -181,7 +187,8 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a, 
             v[c] = flush(vc);
         }
         w[s.stamp] = (float)(t.step + 1);
-        if (s.spheres) write_sphere(s, t, ids[i]);
+        if (forward) memcpy(forward + i * width, w, width * sizeof(float));
+        if (s.spheres) write_sphere(s, t, row);
     }
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio import _C
-from gsscale_nerfstudio.cull.view import View
+from gsscale_nerfstudio.cull.view import EXACT, Slack, View
 
 SIGMAS = 3.33
 """Standard deviations out to which a row is drawn: gsplat 1.4 draws 3, gsplat 1.5 up to 3.33."""
@@ -55,13 +55,27 @@ class Culler:
         row_ids = None if ids is None else ids.numpy()
         _C.update_blocks(self.spheres.numpy(), self.blocks.numpy(), n_rows, row_ids, self.threads)
 
-    def cull(self, view: View, n_rows: int, out: Tensor | None = None) -> Tensor:
+    def replace(self, n_rows: int, ids: Tensor, spheres: Tensor) -> None:
+        """Take over new spheres of some rows, and recompute their blocks' bounds.
+
+        Args:
+            n_rows: rows in use.
+            ids: [n] int32, ascending.
+            spheres: [n, 4] float32, contiguous, on the CPU.
+        """
+        _C.replace_spheres(self.spheres.numpy(), n_rows, ids.numpy(), spheres.numpy(), self.threads)
+        self.refresh(n_rows, ids)
+
+    def cull(
+        self, view: View, n_rows: int, out: Tensor | None = None, slack: Slack = EXACT
+    ) -> Tensor:
         """Ids of the rows that ``view`` may see.
 
         Args:
             view: the camera.
             n_rows: rows in use.
             out: [>= n] int32, contiguous, on the CPU (page-locked, say): where to write the ids.
+            slack: how much rows may have outgrown their spheres.
 
         Returns:
             [n] int32, ascending, without repetition: a view of ``out``, or, without it, of a new
@@ -76,7 +90,7 @@ class Culler:
             self.spheres.numpy(),
             self.blocks.numpy(),
             n_rows,
-            view.planes(),
+            view.planes(slack),
             ids.numpy(),
             self.threads,
         )
