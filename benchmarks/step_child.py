@@ -1,0 +1,128 @@
+"""One method's steps in this process; ``step.py`` starts this file once for every method."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
+
+import tyro
+
+from benchmarks.progress import ProgressFile
+
+GSPLAT = "gsplat"
+"""The one method that is not Nerfstudio's; it takes splatfacto's settings."""
+
+
+@dataclass
+class ChildArgs:
+    """Measure the training step of one method at a fixed number of rows."""
+
+    method: str
+    """splatfacto, gsplat or gsscale."""
+    scene: Path
+    """Folder with a transforms.json or with a COLMAP model in sparse/0."""
+    rows: int
+    """Number of Gaussians."""
+    visible: float
+    """Share of them that a view may see."""
+    steps: int
+    """Timed steps."""
+    warmup: int
+    """Steps before them."""
+    seed: int = 42
+    """Seed of rows and view order."""
+    engine: str | None = None
+    """Engine of gsscale."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Where to train."""
+    overrides: tuple[str, ...] = ()
+    """Settings as name=value."""
+    dataparser_overrides: tuple[str, ...] = ()
+    """Settings of the dataparser as name=value."""
+    result: Path | None = None
+    """File for the measurements."""
+    progress: Path | None = None
+    """File that tells how far this is."""
+    scratch: Path | None = None
+    """Folder for the LPIPS placeholder, shared between methods."""
+
+
+def run(args: ChildArgs, output_dir: Path) -> dict[str, Any]:
+    """Build the method over its rows and measure it."""
+    progress = ProgressFile(args.progress, args.steps)
+    progress.phase("reading the scene", 0)
+
+    import torch
+    from nerfstudio.scripts import train as ns_train
+
+    from benchmarks import fixed_rows, ns_config, offline, step_meter
+    from benchmarks.step_methods import GSScale, Method, Splatfacto
+
+    name = "splatfacto" if args.method == GSPLAT else args.method
+    arguments = ns_config.train_arguments(
+        method=name,
+        scene=args.scene,
+        steps=step_meter.PHASE_STEPS,  # of no effect: there is no trainer
+        seed=args.seed,
+        engine=args.engine,
+        overrides=[f"machine.device-type={args.device}", *args.overrides],
+        dataparser_overrides=list(args.dataparser_overrides),
+        output_dir=output_dir,
+    )
+    print("ns-train", *arguments, flush=True)
+    config = ns_config.parse(arguments)
+    split = fixed_rows.train_split(config)
+    sh_degree = config.pipeline.model.sh_degree  # type: ignore[attr-defined]
+    scene = fixed_rows.fit(split, args.rows, args.visible, args.seed, sh_degree)
+
+    progress.phase("making rows", 0)
+    device = torch.device(args.device)
+    ns_train._set_random_seed(args.seed)
+    method: Method
+    if args.method == GSPLAT:
+        from benchmarks.gsplat_baseline import GsplatTrainer
+
+        method = GsplatTrainer(config, scene, device)
+    elif args.method == "splatfacto":
+        offline.ensure_lpips_backbone(args.scratch or output_dir)
+        method = Splatfacto(config, split, scene, device)
+    else:
+        method = GSScale(config, split, scene, device)
+    order = step_meter.view_order(len(scene.cameras), args.seed)
+    measured = step_meter.measure(method, order, args.warmup, args.steps, device, progress)
+    return {
+        **measured,
+        "tiles": scene.rows.tiles,
+        "views": len(scene.cameras),
+        "planned_visible_share": scene.visible_share,
+        "image": [int(scene.cameras.width[0]), int(scene.cameras.height[0])],
+    }
+
+
+def main(args: ChildArgs) -> int:
+    """Measure, write the result file, print it as one line. Returns the exit status."""
+    with tempfile.TemporaryDirectory(prefix="gsscale-step-") as output_dir:
+        try:
+            result = run(args, Path(output_dir))
+        except Exception as error:
+            traceback.print_exc()
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            result = {"error": f"{type(error).__name__}: {first_line}"}
+    line = json.dumps(result, allow_nan=False)
+    if args.result is not None:
+        args.result.write_text(line + "\n", encoding="utf-8")
+    print(line, flush=True)
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(ChildArgs)))
