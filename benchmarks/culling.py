@@ -24,18 +24,17 @@ def check_culling(pipeline: Any) -> dict[str, Any]:
     if not hasattr(model, "engine"):
         return {}
     from gsscale_nerfstudio.cull import View
-    from gsscale_nerfstudio.engines import WorkingSet
-    from gsscale_nerfstudio.model import world_to_camera
+    from gsscale_nerfstudio.engines.working_set import working_set
 
     pipeline.eval()
-    everything = WorkingSet(
-        ids=torch.arange(model.num_points, dtype=torch.int32),
-        leaves={name: v.to(model.device) for name, v in model.gauss_params.items()},
-    )
+    rows = {name: v.to(model.device).contiguous() for name, v in model.gauss_params.items()}
+    sh = torch.cat([rows.pop("features_dc")[:, None], rows.pop("features_rest")], dim=1)
+    ids = torch.arange(model.num_points, dtype=torch.int32)
+    everything = working_set(ids, {**rows, "sh": sh}, training=False)
     shares, ratios, dropped, difference = [], [], 0, 0.0
     for camera, _ in pipeline.datamanager.fixed_indices_eval_dataloader:
         view = View.from_camera(camera)
-        viewmat = world_to_camera(camera.camera_to_worlds)
+        viewmat = view.on(model.device).viewmat
         working = model.engine.fetch(view)
         part = model.draw(working, view, viewmat, depth=False)
         whole = model.draw(everything, view, viewmat, depth=False)

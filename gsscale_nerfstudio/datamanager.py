@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import (
     FullImageDatamanager,
     FullImageDatamanagerConfig,
@@ -15,6 +16,7 @@ from nerfstudio.data.datamanagers.full_images_datamanager import (
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
+from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait_in_stream
 from gsscale_nerfstudio.errors import GSScaleError
 
 
@@ -26,7 +28,10 @@ class GSScaleDatamanagerConfig(FullImageDatamanagerConfig):
 
 
 class GSScaleDatamanager(FullImageDatamanager):
-    """Hands out whole images and their cameras.
+    """Hands out whole images and their cameras, and knows which comes next.
+
+    Training cameras stay on the CPU, where the culler wants them. The next image is copied to the
+    device, on a stream of its own, while the present one is trained.
 
     Raises:
         GSScaleError: the data set cannot be loaded, or has cameras that cannot be rendered.
@@ -39,15 +44,84 @@ class GSScaleDatamanager(FullImageDatamanager):
             super().__init__(config, device=device, **kwargs)
         for dataset in (self.train_dataset, self.eval_dataset):
             check_cameras(dataset)
+        self._cameras: dict[int, Cameras] = {}
+        self._uploads = Uploads(torch.device(device))
         if torch.device(device).type == "cpu":
             # "gpu" means the device; "cpu" would page-lock the images, which needs CUDA.
             self.config.cache_images = "gpu"
+
+    def next_train(self, step: int) -> tuple[Cameras, dict[str, Any]]:
+        """The next training image, on the device, and its camera, on the CPU.
+
+        Both in Nerfstudio's order; the camera is shared between calls and not to be changed.
+        """
+        index = self.train_unseen_cameras.pop(0)
+        if not self.train_unseen_cameras:
+            self.train_unseen_cameras = self.sample_train_cameras()
+        data = self._uploads.take(index, self.cached_train[index])
+        self._uploads.start(self.upcoming, self.cached_train[self.upcoming])
+        return self.train_camera(index), data
+
+    @property
+    def upcoming(self) -> int:
+        """Index of the training image that :meth:`next_train` will give next."""
+        return self.train_unseen_cameras[0]
+
+    def train_camera(self, index: int) -> Cameras:
+        """One training camera, [1], on the CPU; its metadata has the image's ``cam_idx``."""
+        camera = self._cameras.get(index)
+        if camera is None:
+            # Reading the images comes first, because undistorting them changes the cameras.
+            self.cached_train  # noqa: B018
+            camera = self.train_dataset.cameras[index : index + 1]
+            camera.metadata = {**(camera.metadata or {}), "cam_idx": index}
+            self._cameras[index] = camera
+        return camera
 
     def _load_images(
         self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]
     ) -> list[dict[str, Tensor]]:
         with _explained(self.config.data):
             return super()._load_images(split, cache_images_device)
+
+
+class Uploads:
+    """Copies of one image's tensors to the device, one image ahead of their use.
+
+    Args:
+        device: where they go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = SideStream(device)
+        self._ahead: tuple[int, dict[str, Any], Mark] | None = None
+
+    def start(self, index: int, data: dict[str, Any]) -> None:
+        """Begin to copy image ``index``; overlaps with the device's work if it is page-locked."""
+        with self._stream.active():
+            self._ahead = index, self._copied(data), self._stream.mark()
+
+    def take(self, index: int, data: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of image ``index`` on the device, in a dictionary of their own."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != index:
+            return self._copied(data)
+        _, copies, arrived = ahead
+        wait_in_stream(arrived, self._device)
+        for name, copy in copies.items():
+            if isinstance(copy, Tensor) and copy is not data[name]:
+                # Made on the other stream, freed when the current one has used it.
+                copy.record_stream(torch.cuda.current_stream(self._device))
+        return copies
+
+    def _copied(self, data: dict[str, Any]) -> dict[str, Any]:
+        # A copy of the dictionary, too: nobody is to change the cached one.
+        copies = dict(data)
+        for name in ("image", "mask"):
+            if name in data:
+                copies[name] = data[name].to(self._device, non_blocking=True)
+        return copies
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
@@ -12,7 +12,6 @@ from nerfstudio.engine.callbacks import (
     TrainingCallbackAttributes,
     TrainingCallbackLocation,
 )
-from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.model_components.lib_bilagrid import (
     BilateralGrid,
     color_correct,
@@ -25,17 +24,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.cull import View, world_to_camera
 from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
-from gsscale_nerfstudio.engines import Engine, HostEngine, WorkingSet
-from gsscale_nerfstudio.engines.base import ScreenStatistics
-from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.densify.statistics import screen_statistics
+from gsscale_nerfstudio.engines import Engine, WorkingSet, make_engine
+from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
-from gsscale_nerfstudio.optim import DeferredAdam
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
 from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.gauss_params import GaussParams
+from gsscale_nerfstudio.supported import refuse_unsupported
 
 
 @dataclass
@@ -47,6 +46,13 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3. When the
     limit is reached, densification goes on with the most needed ones only. Unset: as many as host
     memory holds. GPU memory and speed depend on the Gaussians that a view sees, not on this."""
+    engine: Literal["auto", "host", "resident"] = "auto"
+    """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
+    the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
+    Gaussian that a view sees, and is slower. "auto": resident where there is a GPU."""
+    vram_budget_gb: float | None = None
+    """GPU memory, in 10^9 bytes, that training may take in all with the resident engine: the
+    larger, the fewer Gaussians cross the link at each step. Unset: 90 % of what is free."""
 
 
 class GSScaleModel(SplatfactoModel):
@@ -68,8 +74,11 @@ class GSScaleModel(SplatfactoModel):
         self.seed_points = None
         store.append(seeds, stamp=0)
         store.sort()
-        # The device is not known before the model is moved to it; see _apply.
-        self.engine = HostEngine(store, torch.device("cpu"))
+        self.upcoming: Cameras | None = None
+        """The camera that will be trained next, if known: [1], on the CPU. Set before the call."""
+        self._views: dict[tuple[int, int], View] = {}
+        self._steps_per_log = 1
+        self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         self.gauss_params = GaussParams(  # type: ignore[assignment]
             store,
             settle=lambda: self.engine.settle(),
@@ -138,6 +147,7 @@ class GSScaleModel(SplatfactoModel):
         trainer = training_callback_attributes.trainer
         assert optimizers is not None and trainer is not None
         refuse_unsupported(optimizers, trainer)
+        self._steps_per_log = trainer.config.logging.steps_per_log
         return [
             TrainingCallback(
                 [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self.step_cb, args=[optimizers]
@@ -178,18 +188,16 @@ class GSScaleModel(SplatfactoModel):
             print("Called get_outputs with not a camera")
             return {}
         if self.training:
-            camera_to_world = self.camera_optimizer.apply_to_camera(camera)
+            view, viewmat = self._training_view(camera)
+            working = self.engine.begin(view)
+            self._announce_upcoming()
         else:
-            camera_to_world = camera.camera_to_worlds
-        scale = self._get_downscale_factor()
-        camera.rescale_output_resolution(1 / scale)
-        view = View.from_camera(camera, camera_to_world)
-        camera.rescale_output_resolution(scale)
+            view = View.from_camera(camera)
+            viewmat = view.on(self.device).viewmat
+            working = self.engine.fetch(view)
         self.last_size = (view.height, view.width)
-
-        working = self.engine.begin(view) if self.training else self.engine.fetch(view)
         depth = self.config.output_depth_during_training or not self.training
-        rendering = self.draw(working, view, world_to_camera(camera_to_world), depth)
+        rendering = self.draw(working, view, viewmat, depth)
         if self.training and self.step < self.strategy.refine_stop_iter:
             working.statistics = lambda: screen_statistics(rendering, view)
 
@@ -214,6 +222,40 @@ class GSScaleModel(SplatfactoModel):
             "background": background,
         }
 
+    def _training_view(self, camera: Cameras) -> tuple[View, Tensor]:
+        """The view of a training camera, and its pose with the camera optimizer's gradient."""
+        if self.camera_optimizer.config.mode == "off":
+            view = self._fixed_view(camera, self.step)
+            return view, view.on(self.device).viewmat
+        pose = self.camera_optimizer.apply_to_camera(camera)
+        view = View.from_camera(camera, pose, downscale=self._downscale_at(self.step))
+        return view, world_to_camera(pose[0]).to(self.device)
+
+    def _fixed_view(self, camera: Cameras, step: int) -> View:
+        """The view of a camera whose pose nobody optimizes; made once, since it takes a while."""
+        downscale = self._downscale_at(step)
+        index = (camera.metadata or {}).get("cam_idx")
+        if index is None:
+            return View.from_camera(camera, downscale=downscale)
+        key = (index, downscale)
+        if key not in self._views:
+            self._views[key] = View.from_camera(camera, downscale=downscale)
+        return self._views[key]
+
+    def _downscale_at(self, step: int) -> int:
+        """How many times smaller training images are at a step (splatfacto's schedule)."""
+        return 2 ** max(self.config.num_downscales - step // self.config.resolution_schedule, 0)
+
+    def _announce_upcoming(self) -> None:
+        """Let the engine prepare the next view, if it is known and will find the same rows."""
+        camera, self.upcoming = self.upcoming, None
+        if (
+            camera is not None
+            and self.camera_optimizer.config.mode == "off"
+            and not self.strategy.changes_rows(self.step)
+        ):
+            self.engine.announce(self._fixed_view(camera, self.step + 1))
+
     def draw(self, working: WorkingSet, view: View, viewmat: Tensor, depth: bool) -> Rendering:
         """Activate a working set's attributes and rasterize them, cropped outside of training.
 
@@ -223,17 +265,15 @@ class GSScaleModel(SplatfactoModel):
             viewmat: [4, 4] world to camera, OpenCV axes.
             depth: whether to render depth, too.
         """
-        leaves = working.leaves
+        leaves, sh = working.leaves, working.sh
         if self.crop_box is not None and not self.training:
             inside = self.crop_box.within(leaves["means"]).squeeze(-1)
-            leaves = {name: leaf[inside] for name, leaf in leaves.items()}
-        features_dc, features_rest = leaves["features_dc"], leaves["features_rest"]
+            leaves, sh = {name: leaf[inside] for name, leaf in leaves.items()}, sh[inside]
         if self.config.sh_degree > 0:
-            colors = torch.cat((features_dc[:, None, :], features_rest), dim=1)
+            colors = sh
             sh_degree = min(self.step // self.config.sh_degree_interval, self.config.sh_degree)
         else:
-            # The empty features_rest takes part, so that its optimizer steps like the others.
-            colors = torch.sigmoid(features_dc) + features_rest.sum()
+            colors = torch.sigmoid(sh[:, 0])
             sh_degree = None
         return rasterize(
             leaves["means"],
@@ -242,7 +282,7 @@ class GSScaleModel(SplatfactoModel):
             torch.sigmoid(leaves["opacities"]).squeeze(-1),
             colors,
             viewmat,
-            torch.from_numpy(view.K).to(viewmat),
+            view.on(self.device).K,
             view.width,
             view.height,
             sh_degree=sh_degree,
@@ -251,9 +291,16 @@ class GSScaleModel(SplatfactoModel):
             antialiased=self.config.rasterize_mode == "antialiased",
             near=view.near,
             far=view.far,
+            camera_position=None if viewmat.requires_grad else view.on(self.device).camera_position,
         )
 
     # -- losses and metrics ----------------------------------------------------------------------
+
+    def get_metrics_dict(self, outputs: Any, batch: Any) -> dict[str, Any]:
+        """splatfacto's metrics; in training only at steps whose metrics the trainer logs."""
+        if self.training and self.step % self._steps_per_log != 0:
+            return {}
+        return super().get_metrics_dict(outputs, batch)
 
     def get_loss_dict(
         self, outputs: Any, batch: Any, metrics_dict: Any = None
@@ -266,10 +313,8 @@ class GSScaleModel(SplatfactoModel):
         if "mask" in batch:
             mask = self._downscale_if_required(batch["mask"]).to(self.device)
             truth, render = truth * mask, render * mask
-        l1 = torch.abs(truth - render).mean()
-        ssim = self.ssim(truth.permute(2, 0, 1)[None], render.permute(2, 0, 1)[None])
         losses = {
-            "main_loss": (1 - config.ssim_lambda) * l1 + config.ssim_lambda * (1 - ssim),
+            "main_loss": photometric_loss(render, truth, config.ssim_lambda),
             "scale_reg": self._scale_regularization(),
         }
         if self.training:
@@ -315,50 +360,3 @@ class GSScaleModel(SplatfactoModel):
         lpips = self.lpips(truth, render)
         if lpips is not None:
             metrics[prefix + "lpips"] = float(lpips)
-
-
-def world_to_camera(camera_to_world: Tensor) -> Tensor:
-    """[4, 4] world-to-camera matrix in OpenCV axes of a camera-to-world [1, 3, 4] in OpenGL axes.
-
-    Differentiable, for the camera optimizer.
-    """
-    rotation = camera_to_world[0, :3, :3] * camera_to_world.new_tensor([1.0, -1.0, -1.0])
-    translation = -rotation.T @ camera_to_world[0, :3, 3:4]
-    bottom = camera_to_world.new_tensor([[0.0, 0.0, 0.0, 1.0]])
-    return torch.cat([torch.cat([rotation.T, translation], dim=1), bottom])
-
-
-@torch.no_grad()
-def screen_statistics(rendering: Rendering, view: View) -> ScreenStatistics:
-    """gsplat's densification statistics of one view, after its backward pass."""
-    half = rendering.means2d.new_tensor([view.width / 2.0, view.height / 2.0])
-    drawn = rendering.radii > 0
-    norms = (rendering.means2d_grad() * half).norm(dim=-1) * drawn
-    return norms, drawn.float(), rendering.radii.float() / max(view.width, view.height)
-
-
-def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
-    """Stop before the first step if a setting of the run cannot be honoured.
-
-    Raises:
-        GSScaleError: names the setting and what to do.
-    """
-    for name in GROUPS:
-        if not isinstance(optimizers.optimizers[name], DeferredAdam):
-            raise GSScaleError(
-                f"the optimizer of '{name}' is {type(optimizers.optimizers[name]).__name__}; rows "
-                "in host memory are optimized by DeferredAdam (DeferredAdamConfig), whose results "
-                "are Adam's"
-            )
-        if trainer.gradient_accumulation_steps[name] != 1:
-            raise GSScaleError(
-                f"gradient accumulation for '{name}' is not supported, because each step has its "
-                "own working set; remove --gradient-accumulation-steps for the Gaussians"
-            )
-    if trainer.mixed_precision or trainer.use_grad_scaler:
-        raise GSScaleError(
-            "mixed precision and gradient scaling are not supported (splatfacto trains in float32 "
-            "too); remove --mixed-precision and --use-grad-scaler"
-        )
-    if trainer.world_size > 1:
-        raise GSScaleError("training on several GPUs is not supported; use --machine.num-devices 1")

@@ -7,7 +7,9 @@ from typing import Any
 
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
+from gsscale_nerfstudio.datamanager import GSScaleDatamanager
 from gsscale_nerfstudio.errors import readable_errors
+from gsscale_nerfstudio.model import GSScaleModel
 
 
 @dataclass
@@ -18,7 +20,13 @@ class GSScalePipelineConfig(VanillaPipelineConfig):
 
 
 class GSScalePipeline(VanillaPipeline):
-    """Ends with a sentence where a scene, a setting or a checkpoint is wrong."""
+    """Tells the model which camera comes next.
+
+    Ends with a sentence where a scene, a setting or a checkpoint is wrong.
+    """
+
+    datamanager: GSScaleDatamanager
+    model: GSScaleModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with readable_errors():
@@ -27,3 +35,10 @@ class GSScalePipeline(VanillaPipeline):
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         with readable_errors():
             super().load_pipeline(loaded_state, step)
+
+    def get_train_loss_dict(self, step: int) -> Any:
+        camera, batch = self.datamanager.next_train(step)
+        self.model.upcoming = self.datamanager.train_camera(self.datamanager.upcoming)
+        outputs = self.model(camera)
+        metrics = self.model.get_metrics_dict(outputs, batch)
+        return outputs, self.model.get_loss_dict(outputs, batch, metrics), metrics

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
+from gsscale_nerfstudio.cull.pose import world_to_camera
 from gsscale_nerfstudio.errors import GSScaleError
 
 _DRAWN_TYPES = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.FISHEYE624)
@@ -21,6 +25,30 @@ _POSITION_ROUNDING = 2.5e-6
 
 _RELATIVE_ROUNDING = 1e-5
 """Float32 error of pixel positions and radii, as a share of their size."""
+
+
+@dataclass(frozen=True)
+class Slack:
+    """How much rows may have outgrown their bounding spheres, when steps are still under way.
+
+    Attributes:
+        growth: factor on every radius, >= 1.
+        shift: distance, world units, >= 0.
+    """
+
+    growth: float = 1.0
+    shift: float = 0.0
+
+
+EXACT = Slack()
+
+
+class OnDevice(NamedTuple):
+    """A view's matrices on a device, float32."""
+
+    viewmat: Tensor  # [4, 4]
+    K: Tensor  # [3, 3]
+    camera_position: Tensor  # [3]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +71,7 @@ class View:
     height: int
     near: float = 0.01
     far: float = 1e10
+    _on_device: OnDevice | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.viewmat.shape != (4, 4) or self.K.shape != (3, 3):
@@ -78,14 +107,16 @@ class View:
         camera_to_world: Tensor | None = None,
         near: float = 0.01,
         far: float = 1e10,
+        downscale: int = 1,
     ) -> View:
-        """The view of one Nerfstudio camera, at the resolution that the camera has now.
+        """The view of one Nerfstudio camera.
 
         Args:
             camera: ``Cameras`` that hold one camera.
             camera_to_world: [3 or 4, 4] or [1, 3 or 4, 4], used in the place of the camera's pose:
                 that of the camera optimizer. Axes right, up, backward (OpenGL).
             near, far: depths between which rows are drawn.
+            downscale: the image is this many times smaller than the camera's, rounded down.
 
         Raises:
             GSScaleError: several cameras, a type that splatfacto cannot render, an empty image, or
@@ -106,16 +137,43 @@ class View:
                 "convert the images to perspective views first"
             )
         pose = camera.camera_to_worlds if camera_to_world is None else camera_to_world
+        K = _matrix(camera.get_intrinsics_matrices()).numpy()
+        K[:2] /= downscale
         return cls(
-            viewmat=_world_to_camera(_matrix(pose)),
-            K=_matrix(camera.get_intrinsics_matrices()),
-            width=int(camera.width.item()),
-            height=int(camera.height.item()),
+            viewmat=world_to_camera(_matrix(pose)).numpy(),
+            K=K,
+            width=int(camera.width.item()) // downscale,
+            height=int(camera.height.item()) // downscale,
             near=near,
             far=far,
         )
 
-    def planes(self) -> np.ndarray:
+    @cached_property
+    def camera_position(self) -> np.ndarray:
+        """[3] in world space."""
+        return -self.viewmat[:3, :3].T @ self.viewmat[:3, 3]
+
+    def on(self, device: torch.device) -> OnDevice:
+        """The view's matrices as float32 tensors on ``device``; the last ones are kept."""
+        if self._on_device is None or self._on_device.viewmat.device != device:
+            parts = [self.viewmat.ravel(), self.K.ravel(), self.camera_position]
+            # From ordinary memory without blocking: CUDA copies so few bytes before it returns.
+            values = torch.from_numpy(np.concatenate(parts)).float().to(device, non_blocking=True)
+            on_device = OnDevice(values[:16].view(4, 4), values[16:25].view(3, 3), values[25:])
+            object.__setattr__(self, "_on_device", on_device)
+            return on_device
+        return self._on_device
+
+    def same_as(self, other: View) -> bool:
+        """Whether both draw the same picture."""
+        return self is other or (
+            (self.width, self.height, self.near, self.far)
+            == (other.width, other.height, other.near, other.far)
+            and np.array_equal(self.viewmat, other.viewmat)
+            and np.array_equal(self.K, other.K)
+        )
+
+    def planes(self, slack: Slack = EXACT) -> np.ndarray:
         """[6, 5] float32 (nx, ny, nz, d, k): a row is outside if ``n.p + d + k R < 0`` for one.
 
         Order: left, right, top, bottom, near, far; world space, ``|n| = 1``. ``p`` is the row's
@@ -134,6 +192,8 @@ class View:
         blur is 0.3, plus 0.1 (or 0.32 with ``packed=True``) for the least distance that gsplat 1.4
         keeps between eigenvalue and mean: ``e = 3 sqrt(0.62) + 1``. gsplat 1.5 has
         ``e = 3.33 sqrt(0.3) + 1``, which is less.
+
+        ``slack`` widens: every R counts as ``slack.growth R + slack.shift``.
 
         Rounding to float32 in gsplat and in the culler is allowed for. Not allowed for is float32
         overflow in gsplat, which begins at radii of about 1e9 pixels.
@@ -168,7 +228,8 @@ class View:
         length = np.linalg.norm(world, axis=1)
         # A pose that scales would scale the covariance, too.
         reach = np.maximum(growths * np.linalg.norm(rotation, 2), length) * (1 + _RELATIVE_ROUNDING)
-        planes = np.column_stack([world, normals @ shift + offsets + rounding, reach])
+        offsets = normals @ shift + offsets + rounding + reach * slack.shift
+        planes = np.column_stack([world, offsets, reach * slack.growth])
         return (planes / length[:, None]).astype(np.float32)
 
 
@@ -177,16 +238,6 @@ def _steepest(border: float, margin: float) -> float:
     return max(abs(border), abs(border + margin))
 
 
-def _matrix(tensor: Tensor) -> np.ndarray:
-    """The last two dimensions of a tensor that holds one matrix, as float64."""
-    return tensor.detach().cpu().double().numpy().reshape(tensor.shape[-2:])
-
-
-def _world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
-    """Rigid inverse of a [3 or 4, 4] OpenGL pose, with y and z turned round to OpenCV's."""
-    rotation = camera_to_world[:3, :3] * np.array([1.0, -1.0, -1.0])
-    viewmat = np.eye(4)
-    viewmat[:3, :3] = rotation.T
-    with np.errstate(invalid="ignore"):  # View refuses what is not finite
-        viewmat[:3, 3] = -rotation.T @ camera_to_world[:3, 3]
-    return viewmat
+def _matrix(tensor: Tensor) -> Tensor:
+    """The last two dimensions of a tensor that holds one matrix, float64 on the CPU."""
+    return tensor.detach().cpu().double().reshape(tensor.shape[-2:])

@@ -12,7 +12,7 @@ from gsplat.utils import normalized_quat_to_rotmat
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from gsscale_nerfstudio.engines.base import Engine
+from gsscale_nerfstudio.engines import Engine
 from gsscale_nerfstudio.store import HostStore
 
 _CHUNK = 1 << 20
@@ -46,14 +46,7 @@ class RowStrategy(DefaultStrategy):
             engine: whose store is refined; must not be inside a step.
             step: Nerfstudio's step counter.
         """
-        if step >= self.refine_stop_iter:
-            return
-        refines = (
-            step > self.refine_start_iter
-            and step % self.refine_every == 0
-            and step % self.reset_every >= self.pause_refine_after_reset
-        )
-        resets = step % self.reset_every == 0
+        refines, resets = self._refines(step), self._resets(step)
         if not (refines or resets):
             return
         store = engine.store
@@ -75,6 +68,20 @@ class RowStrategy(DefaultStrategy):
         if resets:
             reset_opacities(store, self.prune_opa * 2.0)
         engine.rows_changed()
+
+    def changes_rows(self, step: int) -> bool:
+        """Whether :meth:`refine` will do anything at ``step``."""
+        return self._refines(step) or self._resets(step)
+
+    def _refines(self, step: int) -> bool:
+        return (
+            self.refine_start_iter < step < self.refine_stop_iter
+            and step % self.refine_every == 0
+            and step % self.reset_every >= self.pause_refine_after_reset
+        )
+
+    def _resets(self, step: int) -> bool:
+        return step < self.refine_stop_iter and step % self.reset_every == 0
 
     def grow(self, store: HostStore, step: int) -> tuple[int, int]:
         """Duplicate small and split large rows with a high screen-space gradient.

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gsscale_nerfstudio.cull import Culler, View
+from gsscale_nerfstudio.cull import Culler, Slack, View
+from gsscale_nerfstudio.engines.streams import Stress
+from gsscale_nerfstudio.engines.working_set import WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
 from gsscale_nerfstudio.optim.row_group import RowGroup
 from gsscale_nerfstudio.store import GROUPS, HostStore
 
-ScreenStatistics = tuple[Tensor, Tensor, Tensor]
-"""Per row of a working set: norm of the screen-space gradient, times seen (0 or 1), largest
-radius as a share of the image's longer side; each [n] float32."""
 
+@dataclass(frozen=True)
+class _Announced:
+    """A view that is being prepared by the worker."""
 
-@dataclass
-class WorkingSet:
-    """The rows of one view on the device, settled.
-
-    Attributes:
-        ids: [n] int32 on the CPU, ascending: the rows' places in the store.
-        leaves: one tensor [n, *shape] per group; Parameters when made for training.
-        statistics: called after the backward pass, gives what densification wants to know.
-    """
-
-    ids: Tensor
-    leaves: dict[str, Tensor]
-    statistics: Callable[[], ScreenStatistics] | None = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    view: View
+    prepared: Future[Any]
 
 
 class Engine(ABC):
     """Moves rows between the store and the device and applies deferred Adam to them.
 
-    One training step is: :meth:`begin` (working set in), backward, one ``step()`` of each group's
-    optimizer; the last of them makes the engine take the gradients and step the rows.
+    One training step is: :meth:`begin` (working set in), :meth:`announce` (the next view, if it is
+    known), backward, one ``step()`` of each group's optimizer; the last of them makes the engine
+    take the gradients and step the rows.
+
+    What an announced view needs is prepared by one worker thread while the device works. The
+    worker runs from ``announce`` until the next call of any method of the engine waits for it, so
+    there are never two of them at the store or the culler.
 
     Args:
         store: the rows.
@@ -60,8 +56,13 @@ class Engine(ABC):
             store.layout, dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 1.0)
         )
         self.current: WorkingSet | None = None
+        self.counters: defaultdict[str, float] = defaultdict(float)
+        """Sums since the start: views, rows, seconds; see the engines."""
         self._stepped: dict[str, float] = {}
         self._settled = True
+        self._bounds_step = 0  # spheres know of the steps up to this one
+        self._worker = ThreadPoolExecutor(1, "gsscale-engine")
+        self._announced: _Announced | None = None
         # The present leaves, and the lists handed out by parameters(): Nerfstudio clips the
         # gradients of what these lists hold.
         self.leaves = {name: self._placeholder(name) for name in GROUPS}
@@ -82,6 +83,7 @@ class Engine(ABC):
 
     def move_to(self, device: torch.device) -> None:
         """Rasterize on ``device`` from now on; called when the model moves."""
+        self._forget_announced()
         self.device = device
         self._publish({name: self._placeholder(name) for name in GROUPS})
 
@@ -89,7 +91,7 @@ class Engine(ABC):
         """Register a group's optimizer; with the last one the Adam history begins.
 
         Raises:
-            GSScaleError: the groups' betas differ.
+            GSScaleError: the groups' betas differ, or rows cannot be page-locked.
         """
         self.optimizers[name] = optimizer
         if len(self.optimizers) < len(GROUPS):
@@ -109,7 +111,11 @@ class Engine(ABC):
         )
         if self.device.type == "cuda":
             self.store.pin()  # moments, too: not before there is training to do
+        self._start_training()
         self.rows_changed()
+
+    def _start_training(self) -> None:  # noqa: B027
+        """Set up what only training needs; the history is new."""
 
     def _publish(self, leaves: dict[str, Parameter]) -> None:
         for name, leaf in leaves.items():
@@ -122,6 +128,11 @@ class Engine(ABC):
         """Optimizer steps done so far: t."""
         return self.history.step
 
+    @property
+    def learning_rates(self) -> np.ndarray:
+        """[len(GROUPS)] float64: those that the optimizers have at present."""
+        return np.array([self.optimizers[name].param_groups[0]["lr"] for name in GROUPS])
+
     def group_stepped(self, name: str, lr: float) -> None:
         """Called by a group's optimizer; the last group of a step sets the rows in motion."""
         self._stepped[name] = lr
@@ -133,11 +144,17 @@ class Engine(ABC):
             raise RuntimeError("optimizers stepped without a working set; call begin() first")
         self._step_rows(self.current, lrs)
         self._settled = False
-        if self.history.advance(lrs):
+        outgrown = self.history.advance(lrs)
+        self._step_recorded()
+        if outgrown:
             self.refresh_bounds()
+
+    def _step_recorded(self) -> None:  # noqa: B027
+        """The history has grown by the step whose rows were just set in motion."""
 
     def restart(self, step: int) -> None:
         """Take over a checkpoint: all rows are current for ``step``."""
+        self._forget_announced()
         self.history.restart(step)
         self.store.bookkeeping("stamp").fill_(step)
         self._settled = True
@@ -146,47 +163,109 @@ class Engine(ABC):
     # -- rows ------------------------------------------------------------------------------------
 
     def begin(self, view: View) -> WorkingSet:
-        """Cull ``view`` and bring its settled rows to the device as leaves to differentiate."""
+        """Bring the settled rows that ``view`` may see to the device, to be differentiated."""
         if self._stepped:
             missing = sorted(set(GROUPS) - set(self._stepped))
             raise RuntimeError(f"the optimizers of {missing} were not stepped for the last view")
         # The last view's leaves and gradients go first, or both would be on the device at once.
         self.current = None
         self._publish({name: self._placeholder(name) for name in GROUPS})
-        self.current = self._fetch(view, training=True)
+        announced, self._announced = self._announced, None
+        prepared = announced.prepared.result() if announced is not None else None
+        if announced is None or not announced.view.same_as(view):
+            prepared = self._prepare(view, self.step_count)
+        self.current = self._bring(prepared)
         self._publish({n: p for n, p in self.current.leaves.items() if isinstance(p, Parameter)})
         return self.current
 
-    def fetch(self, view: View) -> WorkingSet:
-        """Cull ``view`` and bring its settled rows to the device, to render without gradients.
+    def announce(self, view: View) -> None:
+        """Say which view :meth:`begin` will be called with next, once this one is stepped.
 
-        Leaves the store, and a training step under way, as they are.
+        A hint: :meth:`begin` may be called with another view, at the cost of the work done ahead.
         """
-        return self._fetch(view, training=False)
+        if self._announced is None:
+            job = self._worker.submit(self._prepare_ahead, view, self.step_count + 1)
+            self._announced = _Announced(view, job)
+
+    def _prepare_ahead(self, view: View, step: int) -> Any:
+        Stress.delay()
+        return self._prepare(view, step)
+
+    def _wait_for_worker(self) -> None:
+        """Make sure that the worker is at rest; what it has prepared stays."""
+        if self._announced is not None:
+            self._announced.prepared.result()
+
+    def _forget_announced(self) -> None:
+        """Wait for the worker and drop what it has prepared, because rows are about to change."""
+        self._wait_for_worker()
+        self._announced = None
+
+    def fetch(self, view: View) -> WorkingSet:
+        """Bring the settled rows that ``view`` may see to the device, to render them only.
+
+        Leaves the rows, a training step under way and an announced view as they are.
+        """
+        self._wait_for_worker()
+        return self._fetch(view)
+
+    def _cull(self, view: View, step: int) -> Tensor:
+        """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done."""
+        behind = self.history.stride(step - self._bounds_step)
+        slack = Slack(math.exp(behind["scales"]), math.sqrt(3) * behind["means"])
+        return self.culler.cull(view, len(self.store), slack=slack)
 
     @abstractmethod
-    def _fetch(self, view: View, training: bool) -> WorkingSet: ...
+    def _prepare(self, view: View, step: int) -> Any:
+        """Whatever can be done for ``view`` before the last of ``step`` steps is done.
+
+        Called by the worker while a step is under way, or by :meth:`begin`.
+        """
+
+    @abstractmethod
+    def _bring(self, prepared: Any) -> WorkingSet:
+        """The working set of a prepared view, for training."""
+
+    @abstractmethod
+    def _fetch(self, view: View) -> WorkingSet:
+        """The working set of a view, without gradients."""
 
     @abstractmethod
     def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:
         """Step the working set's rows with their gradients; ``lrs`` is [len(GROUPS)]."""
 
-    @abstractmethod
     def settle(self) -> None:
         """Make every row in the store current, parameters and moments."""
+        self._wait_for_worker()
+        if not self._settled:
+            self._settle()
+            self._settled = True
 
     @abstractmethod
+    def _settle(self) -> None:
+        """Make every row in the store current; the worker is at rest."""
+
     def refresh_bounds(self) -> None:
         """Settle all rows and recompute the culler's bounds of them."""
+        # Spheres bound a row's motion from its stamp on, by the learning rates of today; steps that
+        # a row skipped under a higher learning rate must be behind it.
+        self.settle()
+        self._forget_announced()
+        self._refresh_spheres()
+        self._bounds_step = self.step_count
+
+    @abstractmethod
+    def _refresh_spheres(self) -> None:
+        """Recompute all spheres, from rows that are settled."""
 
     def rows_changed(self) -> None:
         """Recompute what is derived from rows, after they were added, removed or rewritten.
 
         All bounds are new then, so it is also the time to fit them to the present learning rates.
+        Call :meth:`settle` before rows are changed.
         """
+        self._forget_announced()
         self.settle()
         if len(self.optimizers) == len(GROUPS):
-            self.history.rebound(
-                np.array([self.optimizers[name].param_groups[0]["lr"] for name in GROUPS])
-            )
+            self.history.rebound(self.learning_rates)
         self.refresh_bounds()

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.base import Engine, WorkingSet
+from gsscale_nerfstudio.engines.base import Engine
+from gsscale_nerfstudio.engines.staging import Staging
+from gsscale_nerfstudio.engines.streams import mark_current
+from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
 from gsscale_nerfstudio.store import HostStore
-from gsscale_nerfstudio.store.memory import ReservedArray
-
-
-class _Staging:
-    """Page-locked rows on their way to or from the device."""
-
-    def __init__(self, capacity: int, width: int, device: torch.device) -> None:
-        self._array = ReservedArray(capacity, width)
-        self._event: torch.cuda.Event | None = None
-        self.device = device
-
-    def rows(self, n: int) -> Tensor:
-        """The first ``n`` rows, once no copy reads or writes them any more."""
-        if self.device.type == "cuda":
-            if self._event is not None:
-                # The last copy out of this buffer may still be under way: it must not see new rows.
-                self._event.synchronize()
-            self._array.pin_whole(n)
-        return self._array.tensor[:n]
-
-    def copied(self) -> None:
-        """Mark the point in the device's current stream up to which this buffer is in use."""
-        if self.device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
 
 
 class HostEngine(Engine):
@@ -46,32 +25,45 @@ class HostEngine(Engine):
     """
 
     def __init__(self, store: HostStore, device: torch.device) -> None:
-        width = store.layout.width
-        self._outgoing = _Staging(store.capacity, width, device)
-        self._incoming = _Staging(store.capacity, width, device)
+        self._set_up_staging(store, device)
         super().__init__(store, device)
+
+    def _set_up_staging(self, store: HostStore, device: torch.device) -> None:
+        self._outgoing = Staging(store.capacity, store.layout.width, device)
+        self._incoming = Staging(store.capacity, store.layout.width, device)
 
     def move_to(self, device: torch.device) -> None:
         super().move_to(device)
-        self._outgoing.device = self._incoming.device = device
+        self._set_up_staging(self.store, device)
 
-    def _fetch(self, view: View, training: bool) -> WorkingSet:
-        ids = self.culler.cull(view, len(self.store))
+    def _prepare(self, view: View, step: int) -> Any:
+        return self._cull(view, step)
+
+    def _bring(self, prepared: Any) -> WorkingSet:
+        return self._send(prepared, training=True)
+
+    def _fetch(self, view: View) -> WorkingSet:
+        return self._send(self._cull(view, self.step_count), training=False)
+
+    def _send(self, ids: Tensor, training: bool) -> WorkingSet:
         staging = self._outgoing.rows(len(ids))
         _C.gather_settled(self.store.kernel_rows, self.history.tables, ids.numpy(), staging.numpy())
         rows = staging.to(self.device, non_blocking=True)
-        self._outgoing.copied()
-        leaves: dict[str, Tensor] = {}
-        for name, columns in self.store.layout.columns.items():
-            # The rasterizer wants each attribute contiguous; on the CPU this is also what detaches
-            # the leaf from the staging buffer.
-            leaf = rows[:, columns].clone(memory_format=torch.contiguous_format)
-            leaf = leaf.unflatten(1, self.store.layout.shapes[name])
-            leaves[name] = Parameter(leaf) if training else leaf
-        return WorkingSet(ids, leaves)
+        self._outgoing.used_until(mark_current(self.device))
+        # The rasterizer wants each attribute contiguous; on the CPU this is also what detaches the
+        # leaves from the staging buffer.
+        columns = dict(self.store.layout.columns)
+        columns["sh"] = slice(columns.pop("features_dc").start, columns.pop("features_rest").stop)
+        attributes = {
+            name: rows[:, where].clone(memory_format=torch.contiguous_format)
+            for name, where in columns.items()
+        }
+        attributes["sh"] = attributes["sh"].unflatten(1, (-1, 3))
+        return working_set(ids, attributes, training)
 
     @torch.no_grad()
     def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:
+        self._wait_for_worker()  # spheres and rows are about to change
         n, layout = len(working), self.store.layout
         grads = torch.zeros(n, layout.width, device=self.device)
         for name, columns in layout.columns.items():
@@ -85,7 +77,7 @@ class HostEngine(Engine):
             grads[:, layout.bookkeeping["max_radius"]] = radii
         staging = self._incoming.rows(n)
         staging.copy_(grads, non_blocking=True)
-        self._incoming.copied()
+        self._incoming.used_until(mark_current(self.device))
         # Waits for the copy, and with it for this view's backward pass.
         staging = self._incoming.rows(n)
         per_column = np.append(lrs, 0.0)[layout.group_of_column].astype(np.float32)
@@ -97,15 +89,11 @@ class HostEngine(Engine):
             per_column,
         )
         self.culler.refresh(len(self.store), working.ids)
+        self._bounds_step = self.step_count + 1
 
-    def settle(self) -> None:
-        if not self._settled:
-            _C.settle_range(self.store.kernel_rows, self.history.tables, 0, len(self.store))
-            self._settled = True
+    def _settle(self) -> None:
+        _C.settle_range(self.store.kernel_rows, self.history.tables, 0, len(self.store))
 
-    def refresh_bounds(self) -> None:
-        # Spheres bound a row's motion from its stamp on, by the learning rates of today; steps that
-        # a row skipped under a higher learning rate must be behind it.
-        self.settle()
+    def _refresh_spheres(self) -> None:
         _C.refresh_spheres(self.store.kernel_rows, self.history.tables, 0, len(self.store))
         self.culler.refresh(len(self.store))

@@ -111,7 +111,8 @@ class AdamHistory:
         self._skip[1:] = self._skip[:-1] + self._power[1:, None] * a
         self._eps_scale[t] = self._eps_factor(t)
         self._tables = None
-        outgrown = lr > self._lr_bound
+        # Schedulers compute the initial rate with rounding; bounds have 1 % of room.
+        outgrown = lr > 1.001 * self._lr_bound
         if outgrown.any():
             # Room to grow, or a warm-up would force a refresh at every step.
             self._lr_bound = np.where(outgrown, 2 * lr, self._lr_bound)
@@ -122,6 +123,36 @@ class AdamHistory:
         """Bound future motion by the learning rates ``lr``; all spheres must be refreshed."""
         self._lr_bound = np.array(lr, dtype=np.float64)
         self._tables = None
+
+    @property
+    def skip(self) -> np.ndarray:
+        """[K + 1, len(GROUPS)] float64: S(t - k, t); not to be kept, the next step changes it."""
+        return self._skip
+
+    @property
+    def tail(self) -> np.ndarray:
+        """[> t - K - 1, len(GROUPS)] float32: S(s, s + K)."""
+        return self._tail
+
+    @property
+    def eps_of_column(self) -> np.ndarray:
+        """[width] float32: eps of each column's group, 1 for bookkeeping columns."""
+        return self._eps
+
+    def eps_factors(self, steps: int) -> np.ndarray:
+        """[steps] float32: f_s."""
+        s = np.arange(steps, dtype=np.float64)
+        return np.sqrt((1 - self.beta2 ** (s + 1)) / self.beta2).astype(np.float32)
+
+    def stride(self, steps: int) -> dict[str, float]:
+        r"""Bound of how far ``steps`` steps can move an element of each group, seen or skipped.
+
+        By Cauchy-Schwarz :math:`|m| \le \sqrt{v}\,(1-\beta_1)/\sqrt{(1-\beta_2)
+        (1-\beta_1^2/\beta_2)}`, 7.3 for Adam's defaults, whatever the gradients were.
+        """
+        ratio = (1 - self.beta1) / math.sqrt((1 - self.beta2) * (1 - self.beta1**2 / self.beta2))
+        bounds = 1.01 * steps * ratio * self._peak * self._lr_bound
+        return dict(zip(GROUPS, bounds.tolist(), strict=True))
 
     @property
     def reach(self) -> np.ndarray:

@@ -8,6 +8,9 @@ from torch import Tensor
 from .reference import rasterize_reference
 from .rendering import Rendering, empty_rendering
 
+_TILE = 16
+"""Pixels along the side of gsplat's tiles."""
+
 
 def rasterize(
     means: Tensor,
@@ -26,6 +29,7 @@ def rasterize(
     antialiased: bool,
     near: float = 0.01,
     far: float = 1e10,
+    camera_position: Tensor | None = None,
 ) -> Rendering:
     """Draw ``n`` Gaussians, n >= 0, as one pinhole camera sees them.
 
@@ -49,6 +53,7 @@ def rasterize(
             (Mip-Splatting, arXiv 2311.16493).
         near: Gaussians whose centre is nearer, in z, are not drawn.
         far: Gaussians whose centre is farther, in z, are not drawn.
+        camera_position: [3], that of ``viewmat``, if at hand; no gradient flows through it.
     """
     inputs = (means, quats, scales, opacities, colors, viewmat)
     if len(means) == 0:
@@ -65,6 +70,7 @@ def rasterize(
         antialiased=antialiased,
         near=near,
         far=far,
+        camera_position=camera_position,
     )
 
 
@@ -85,36 +91,68 @@ def _rasterize_gsplat(
     antialiased: bool,
     near: float,
     far: float,
+    camera_position: Tensor | None,
 ) -> Rendering:
     # Imported here: a machine without CUDA can do without gsplat's kernels, not even build them.
-    from gsplat.rendering import rasterization
+    from gsplat.cuda._wrapper import (
+        fully_fused_projection,
+        isect_offset_encode,
+        isect_tiles,
+        rasterize_to_pixels,
+        spherical_harmonics,
+    )
 
-    image, alpha, meta = rasterization(
-        means=means,
-        quats=quats,
-        scales=scales,
-        opacities=opacities,
-        colors=colors,
-        viewmats=viewmat[None],
-        Ks=K[None],
-        width=width,
-        height=height,
+    # What gsplat.rasterization does for one camera, without its waiting for the device to invert
+    # the pose, and without a copy of what it does not change.
+    radii, means2d, depths, conics, compensations = fully_fused_projection(
+        means,
+        None,
+        quats,
+        scales,
+        viewmat[None],
+        K[None],
+        width,
+        height,
         near_plane=near,
         far_plane=far,
-        sh_degree=sh_degree,
-        packed=False,
-        render_mode="RGB+ED" if depth else "RGB",
-        absgrad=absgrad,
-        rasterize_mode="antialiased" if antialiased else "classic",
+        calc_compensations=antialiased,
     )
-    radii = meta["radii"][0]
-    if radii.dim() == 2:  # gsplat >= 1.5 has one radius per axis
-        radii = radii.amax(-1)
+    largest_radii = radii
+    if radii.dim() == 3:  # gsplat >= 1.5 has one radius per axis
+        largest_radii = radii.amax(-1)
+    opacities = opacities[None]
+    if antialiased:
+        opacities = opacities * compensations
+    if sh_degree is None:
+        channels = colors[None]
+    else:
+        if camera_position is None:
+            camera_position = torch.linalg.inv_ex(viewmat)[0][:3, 3]
+        channels = spherical_harmonics(
+            sh_degree, (means - camera_position)[None], colors[None], masks=largest_radii > 0
+        )
+        channels = torch.clamp_min(channels + 0.5, 0.0)
+    if depth:
+        channels = torch.cat([channels, depths[..., None]], dim=-1)
+    columns, rows = -(-width // _TILE), -(-height // _TILE)
+    _, intersections, order = isect_tiles(means2d, radii, depths, _TILE, columns, rows)
+    image, alpha = rasterize_to_pixels(
+        means2d,
+        conics,
+        channels,
+        opacities,
+        width,
+        height,
+        _TILE,
+        isect_offset_encode(intersections, 1, columns, rows),
+        order,
+        absgrad=absgrad,
+    )
     return Rendering(
         rgb=image[0, ..., :3],
         alpha=alpha[0],
-        depth=image[0, ..., 3:] if depth else None,
-        radii=radii.to(torch.int32),
-        means2d_node=meta["means2d"],
+        depth=image[0, ..., 3:] / alpha[0].clamp_min(1e-10) if depth else None,
+        radii=largest_radii[0].to(torch.int32),
+        means2d_node=means2d,
         absgrad=absgrad,
     )

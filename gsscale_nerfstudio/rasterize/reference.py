@@ -31,6 +31,7 @@ def rasterize_reference(
     antialiased: bool,
     near: float,
     far: float,
+    camera_position: Tensor | None = None,
 ) -> Rendering:
     """Draw one view; arguments and result are those of :func:`.api.rasterize`, n > 0."""
     radii, visible, splats = project(
@@ -39,7 +40,8 @@ def rasterize_reference(
     if sh_degree is None:
         channels = colors[visible]
     else:
-        camera_position = torch.linalg.inv(viewmat)[:3, 3]
+        if camera_position is None:
+            camera_position = torch.linalg.inv(viewmat)[:3, 3]
         channels = sh_colors(colors[visible], means[visible] - camera_position, sh_degree)
     if depth:
         channels = torch.cat([channels, splats.depths[:, None]], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import gsplat.rendering
+import gsplat.cuda._wrapper
 import pytest
 import torch
 from torch import Tensor
@@ -23,16 +23,37 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
     asked: dict[str, Any] = {}
     radii = torch.tensor([[3, 0, 9]], dtype=torch.int32)
 
-    def rasterization(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        asked.update(arguments)
-        means2d = arguments["means"][None, :, :2] * 10
-        image = means2d.sum() * torch.ones(1, 5, 4, 4 if depth else 3)
-        both = torch.stack([radii, radii // 2], -1)
-        meta = {"means2d": means2d, "radii": both if two_radii else radii}
-        return image, image[..., :1] / 2, meta
+    def projection(means, covars, quats, scales, viewmats, Ks, width, height, **options):
+        asked["projection"] = {"covars": covars, "size": (width, height), **options}
+        assert viewmats.shape == (1, 4, 4) and Ks.shape == (1, 3, 3)
+        both = torch.stack([radii, radii // 2], -1) if two_radii else radii
+        compensations = torch.full((1, 3), 0.5) if options["calc_compensations"] else None
+        return both, means[None, :, :2] * 10, means[None, :, 2], quats[None, :, :3], compensations
 
-    monkeypatch.setattr(gsplat.rendering, "rasterization", rasterization)
-    gaussians, view = scene(3, sh_degree=2).to(torch.float32).leaves(), camera(4, 5)
+    def harmonics(degree: int, dirs: Tensor, coeffs: Tensor, masks: Tensor) -> Tensor:
+        asked["harmonics"] = {"degree": degree, "masks": masks.tolist()}
+        assert dirs.shape == (1, 3, 3) and coeffs.shape == (1, 3, 16, 3)
+        return coeffs[:, :, 0] - 100
+
+    def tiles(means2d: Tensor, its_radii: Tensor, depths: Tensor, *grid: int):
+        asked["tiles"] = {"radii": its_radii.shape, "grid": grid}
+        return None, "intersections", "order"
+
+    def pixels(means2d, conics, channels, opacities, width, height, *rest, absgrad: bool):
+        asked["pixels"] = {"rest": rest, "absgrad": absgrad, "opacities": opacities}
+        assert torch.equal(channels[..., :3], torch.zeros(1, 3, 3))  # clamped
+        image = (means2d.sum() + conics.sum()) * torch.ones(1, height, width, channels.shape[-1])
+        return image, image[..., :1] / 2
+
+    for name, function in {
+        "fully_fused_projection": projection,
+        "spherical_harmonics": harmonics,
+        "isect_tiles": tiles,
+        "isect_offset_encode": lambda *arguments: ("offsets", *arguments),
+        "rasterize_to_pixels": pixels,
+    }.items():
+        monkeypatch.setattr(gsplat.cuda._wrapper, name, function)
+    gaussians, view = scene(3, sh_degree=2).to(torch.float32).leaves(), camera(40, 50)
     *tensors, sh_degree = gaussians
     rendering = _rasterize_gsplat(
         *tensors,
@@ -43,26 +64,28 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
         antialiased=antialiased,
         near=0.2,
         far=30.0,
+        camera_position=None,
     )
 
-    for name, tensor in zip(
-        ("means", "quats", "scales", "opacities", "colors"), tensors, strict=True
-    ):
-        assert asked.pop(name) is tensor
-    assert asked.pop("viewmats").shape == (1, 4, 4) and asked.pop("Ks").shape == (1, 3, 3)
+    opacities = asked["pixels"].pop("opacities")
+    assert torch.equal(opacities[0], tensors[3] * (0.5 if antialiased else 1))
     assert asked == {
-        "width": 4,
-        "height": 5,
-        "near_plane": 0.2,
-        "far_plane": 30.0,
-        "sh_degree": 2,
-        "packed": False,
-        "render_mode": "RGB+ED" if depth else "RGB",
-        "absgrad": True,
-        "rasterize_mode": "antialiased" if antialiased else "classic",
+        "projection": {
+            "covars": None,
+            "size": (40, 50),
+            "near_plane": 0.2,
+            "far_plane": 30.0,
+            "calc_compensations": antialiased,
+        },
+        "harmonics": {"degree": 2, "masks": [[True, False, True]]},
+        "tiles": {"radii": (1, 3, 2) if two_radii else (1, 3), "grid": (16, 3, 4)},
+        "pixels": {"rest": (16, ("offsets", "intersections", 1, 3, 4), "order"), "absgrad": True},
     }
-    assert rendering.rgb.shape == (5, 4, 3) and rendering.alpha.shape == (5, 4, 1)
-    assert rendering.depth.shape == (5, 4, 1) if depth else rendering.depth is None
+    assert rendering.rgb.shape == (50, 40, 3) and rendering.alpha.shape == (50, 40, 1)
+    if depth:  # accumulated depth, divided by the accumulated opacity, half of it
+        torch.testing.assert_close(rendering.depth, torch.full((50, 40, 1), 2.0))
+    else:
+        assert rendering.depth is None
     assert rendering.radii.tolist() == [3, 0, 9] and rendering.radii.dtype == torch.int32
     assert rendering.means2d.shape == (3, 2)
 
@@ -74,5 +97,5 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
 
 
 def test_the_cpu_never_reaches_gsplats_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gsplat.rendering, "rasterization", None)
+    monkeypatch.setattr(gsplat.cuda._wrapper, "fully_fused_projection", None)
     assert draw(scene(30), camera(20, 15)).alpha.any()

@@ -1,0 +1,267 @@
+"""Rows in GPU memory: a software-managed cache of the host store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.engines.kernels import (
+    LAUNCH,
+    LINK_PROGRAMS,
+    LINK_TILE,
+    TILE,
+    exchange_rows,
+    gather_leaves,
+    settle_and_step_rows,
+)
+from gsscale_nerfstudio.engines.staging import Staging
+from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
+from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes
+from gsscale_nerfstudio.optim.device_tables import DeviceTables
+from gsscale_nerfstudio.store import HostStore
+
+_RING = 3
+"""Views whose lists may be on their way to the device at the same time."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The rows of a view, in the cache or on their way into it.
+
+    Attributes:
+        slots: [n] int32 on the device: where each row is.
+        ready: reached when all of them are there.
+        missed: number of rows that were not in the cache.
+        written: number of rows that had to leave it.
+    """
+
+    slots: Tensor
+    ready: Mark
+    missed: int
+    written: int
+
+
+class RowCache:
+    """Slots for whole rows (parameters, moments, bookkeeping) on the device.
+
+    A resident row is valid here only, and goes back to the host store when it leaves. Which row is
+    in which slot is kept on the host, in C++ (least recently used first out).
+
+    Args:
+        store: the rows; page-locked.
+        device: where the slots are.
+        slots: how many.
+    """
+
+    def __init__(self, store: HostStore, device: torch.device, slots: int) -> None:
+        self.store = store
+        self.device = device
+        width = store.layout.width
+        self.params, self.exp_avg, self.exp_avg_sq = (
+            torch.empty(slots, width, device=device) for _ in range(3)
+        )
+        self.table = _C.SlotTable(slots, len(store))
+        self._link = SideStream(device)
+        self._lists = [
+            [Staging(slots, 0, device, torch.int32) for _ in range(4)] for _ in range(_RING)
+        ]
+
+    def __len__(self) -> int:
+        return self.table.n_slots
+
+    def admit(self, ids: Tensor, view: int, keep_from: int, stepped: Mark) -> Admission | None:
+        """Make the rows ``ids`` resident; may be called by another thread than the one that steps.
+
+        Args:
+            ids: [n] int32 on the CPU, ascending.
+            view: number of the view they are for, higher at each call.
+            keep_from: rows of this view and later ones stay: they will still be stepped.
+            stepped: reached when all rows of earlier views have been stepped.
+
+        Returns:
+            None if they do not fit beside the rows that must stay; nothing has changed then.
+        """
+        n = len(ids)
+        if n > len(self):
+            return None
+        lists = self._lists[view % _RING]
+        slots, rows_in, slots_in, rows_out = (staging.rows(n) for staging in lists)
+        plan = self.table.plan(
+            ids.numpy(),
+            view,
+            keep_from,
+            slots.numpy(),
+            rows_in.numpy(),
+            slots_in.numpy(),
+            rows_out.numpy(),
+        )
+        if plan is None:
+            return None
+        missed, newest = plan
+        # A row that leaves must have been stepped, and its slot must not be overwritten before.
+        with self._link.active(after=stepped if newest >= 0 else None):
+            on_device = torch.empty(n, dtype=torch.int32, device=self.device)
+            on_device.copy_(slots, non_blocking=True)
+            if missed:
+                self._exchange(slots_in[:missed], rows_in[:missed], rows_out[:missed])
+            ready = self._link.mark()
+        for staging in lists:
+            staging.used_until(ready)
+        if self.device.type == "cuda":
+            # The allocator must not give the memory to the link's stream while kernels of the
+            # current stream still read it.
+            on_device.record_stream(torch.cuda.default_stream(self.device))
+        written = int((rows_out[:missed] >= 0).sum()) if newest >= 0 else 0
+        return Admission(on_device, ready, missed, written)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Slots [n] int32 of the rows ``ids`` on the device, -1 for those that are not resident."""
+        slots = torch.empty(len(ids), dtype=torch.int32)
+        self.table.lookup(ids.numpy(), slots.numpy())
+        return slots.to(self.device)
+
+    def write_back(self, stepped: Mark) -> None:
+        """Bring the host store up to date with all resident rows, which stay resident.
+
+        Args:
+            stepped: reached when the rows have been stepped.
+        """
+        rows = torch.empty(self.table.in_use, dtype=torch.int32)
+        slots = torch.empty_like(rows)
+        self.table.residents(rows.numpy(), slots.numpy())
+        with self._link.active(after=stepped):
+            self._exchange(slots, torch.full_like(rows, -1), rows)
+            wait(self._link.mark())
+
+    def forget(self) -> None:
+        """Drop all rows, without writing them back: the host's are the valid ones now."""
+        wait(self._link.mark())
+        self.table.clear(len(self.store))
+
+    def gather(
+        self, slots: Tensor, tables: DeviceTables, rows: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Settled attributes (:func:`.empty_attributes`) of rows; the rows stay as they are.
+
+        Args:
+            slots: [n] int32 on the device; where it is -1 the row is read from the host store.
+            tables: the Adam history.
+            rows: [n] int32 on the device; None if all rows have slots.
+        """
+        layout, n = self.store.layout, len(slots)
+        attributes = empty_attributes(layout, n, self.device)
+        if n > 0:
+            with LAUNCH:
+                gather_leaves[(triton.cdiv(n, TILE),)](
+                    *self._arrays,
+                    *self._host_arrays,
+                    slots,
+                    slots if rows is None else rows,
+                    **attributes,
+                    n=n,
+                    FROM_HOST=rows is not None,
+                    STAMP=layout.bookkeeping["stamp"],
+                    **tables.skipped_steps(),
+                    **self._tile(),
+                )
+        return attributes
+
+    def step(
+        self, slots: Tensor, working: WorkingSet, tables: DeviceTables, lrs: np.ndarray
+    ) -> Tensor:
+        """Settle resident rows and apply one step of Adam with the gradients of their leaves.
+
+        Args:
+            slots: [n] int32 on the device, all >= 0.
+            working: the rows' working set, after its backward pass.
+            tables: the Adam history up to the step before.
+            lrs: [len(GROUPS)] learning rates.
+
+        Returns:
+            [n, 4] the rows' new bounding spheres.
+        """
+        layout, n = self.store.layout, len(slots)
+        spheres = torch.empty(n, 4, device=self.device)
+        if n == 0:
+            return spheres
+        grads = {name: _rows_of(leaf.grad, leaf) for name, leaf in working.leaves.items()}
+        columns = layout.bookkeeping
+        statistics = working.statistics() if working.statistics is not None else None
+        norms, seen, radii = statistics if statistics is not None else (spheres,) * 3
+        with LAUNCH:
+            settle_and_step_rows[(triton.cdiv(n, TILE),)](
+                *self._arrays,
+                slots,
+                spheres,
+                grads["means"],
+                grads["scales"],
+                grads["quats"],
+                grads["opacities"],
+                grads["features_dc"],
+                grads["features_rest"],
+                grads["features_dc"].stride(0),
+                grads["features_rest"].stride(0),
+                norms,
+                seen,
+                radii,
+                reach_of=tables.reach,
+                n=n,
+                HAS_STATISTICS=statistics is not None,
+                STAMP=columns["stamp"],
+                GRAD2D=columns["grad2d"],
+                COUNT=columns["count"],
+                MAX_RADIUS=columns["max_radius"],
+                **tables.skipped_steps(),
+                **tables.adam_step(lrs),
+                **self._tile(),
+            )
+        return spheres
+
+    @property
+    def _arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.params, self.exp_avg, self.exp_avg_sq
+
+    @property
+    def _host_arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.store.params, self.store.exp_avg, self.store.exp_avg_sq
+
+    def _tile(self) -> dict[str, Any]:
+        layout = self.store.layout
+        return {
+            "SH": layout.columns["features_dc"].start,
+            "OPTIMIZED": layout.optimized,
+            "WIDTH": layout.width,
+            "COLUMNS": triton.next_power_of_2(layout.width),
+            "ROWS": TILE,
+        }
+
+    def _exchange(self, slots: Tensor, rows_in: Tensor, rows_out: Tensor) -> None:
+        """Queue the exchange of rows with the host store on the current stream."""
+        n, width = len(slots), self.store.layout.width
+        if n == 0:
+            return
+        lists = [part.to(self.device, non_blocking=True) for part in (slots, rows_in, rows_out)]
+        with LAUNCH:
+            exchange_rows[(min(LINK_PROGRAMS, triton.cdiv(n, LINK_TILE)),)](
+                *self._host_arrays,
+                *self._arrays,
+                *lists,
+                n,
+                WIDTH=width,
+                COLUMNS=triton.next_power_of_2(width),
+                ROWS=LINK_TILE,
+            )
+
+
+def _rows_of(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    """A gradient whose rows are contiguous each; zeros where there is none."""
+    if grad is None:
+        return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+    inner = grad[:1]
+    return grad if inner.is_contiguous() else grad.contiguous()

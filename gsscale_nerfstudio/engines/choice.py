@@ -1,0 +1,25 @@
+"""Which engine trains."""
+
+from __future__ import annotations
+
+import torch
+
+from gsscale_nerfstudio.engines.base import Engine
+from gsscale_nerfstudio.engines.budget import Budget
+from gsscale_nerfstudio.engines.host import HostEngine
+from gsscale_nerfstudio.engines.resident import ResidentEngine
+from gsscale_nerfstudio.store import HostStore
+
+
+def make_engine(name: str, store: HostStore, vram_budget_gb: float | None) -> Engine:
+    """The engine of that name, on the CPU until it is moved.
+
+    Args:
+        name: "host", "resident" or "auto".
+        store: the rows.
+        vram_budget_gb: see :class:`Budget`.
+    """
+    cpu = torch.device("cpu")
+    if name == "host":
+        return HostEngine(store, cpu)
+    return ResidentEngine(store, cpu, Budget(vram_budget_gb), required=name == "resident")

@@ -1,0 +1,343 @@
+"""Triton kernels of the row cache: rows over the link, settled leaves out, gradients in.
+
+They do what ``csrc/kernels/rows.cpp`` does, with the same formulas (:class:`.AdamHistory`). A tile
+is a few rows by all columns, so that each row is one contiguous piece of memory on either side of
+the link. All pointers to rows are to ``[*, WIDTH]`` float32; host arrays are page-locked.
+"""
+
+# Triton wants its block sizes and column numbers in capitals, as constants of the compilation.
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import nullcontext
+
+import triton
+import triton.language as tl
+
+RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton then runs kernels on CPU tensors, in numpy: how they are tested without a GPU."""
+
+LAUNCH = threading.Lock() if RUN_ON_CPU else nullcontext()
+"""Held while a kernel is launched: Triton's interpreter cannot run in two threads at once."""
+
+TILE = 256 if RUN_ON_CPU else 16
+"""Rows that one program settles or steps."""
+
+LINK_TILE = 256 if RUN_ON_CPU else 8
+"""Rows that one program moves over the link at a time."""
+
+LINK_PROGRAMS = 96
+"""Programs that move rows over the link: they saturate it and leave the GPU to the others."""
+
+
+@triton.jit(do_not_specialize=["n"])
+def exchange_rows(
+    host_w,
+    host_m,
+    host_v,
+    cache_w,
+    cache_m,
+    cache_v,
+    slots,
+    rows_in,
+    rows_out,
+    n,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Per slot: write the row that leaves to the host, then read the one that comes; -1 is none."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < WIDTH
+    # Few programs walk through all slots: the link is saturated by some dozen of them, and the
+    # other multiprocessors are left to the rasterizer that runs at the same time.
+    start = tl.program_id(0) * ROWS
+    while start < n:
+        i = start + tl.arange(0, ROWS)
+        live = i < n
+        slot = tl.load(slots + i, mask=live, other=0).to(tl.int64)
+        coming = tl.load(rows_in + i, mask=live, other=-1).to(tl.int64)
+        leaving = tl.load(rows_out + i, mask=live, other=-1).to(tl.int64)
+        cached = slot[:, None] * WIDTH + column
+        source = coming[:, None] * WIDTH + column
+        target = leaving[:, None] * WIDTH + column
+        reads = (coming >= 0)[:, None] & inside
+        writes = (leaving >= 0)[:, None] & inside
+        new_w = tl.load(host_w + source, mask=reads)
+        new_m = tl.load(host_m + source, mask=reads)
+        new_v = tl.load(host_v + source, mask=reads)
+        tl.store(host_w + target, tl.load(cache_w + cached, mask=writes), mask=writes)
+        tl.store(host_m + target, tl.load(cache_m + cached, mask=writes), mask=writes)
+        tl.store(host_v + target, tl.load(cache_v + cached, mask=writes), mask=writes)
+        tl.store(cache_w + cached, new_w, mask=reads)
+        tl.store(cache_m + cached, new_m, mask=reads)
+        tl.store(cache_v + cached, new_v, mask=reads)
+        start += tl.num_programs(0) * ROWS
+
+
+@triton.jit
+def _skip(
+    stamp,
+    step,
+    column,
+    inside,
+    group,
+    skip,
+    tail,
+    eps_scale,
+    decay,
+    log2_beta1,
+    log2_beta2,
+    HORIZON: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """S(s, t) of each element, and per row f, beta1^gap, beta2^gap; see ``skip_of`` in rows.cpp."""
+    gap = step - stamp
+    near = gap <= HORIZON
+    k = tl.where(near, gap, 0)
+    in_table = near[:, None] & inside
+    beyond = (gap > HORIZON)[:, None] & inside
+    s_near = tl.load(skip + k[:, None] * GROUPS + group, mask=in_table, other=0.0)
+    s_far = tl.load(tail + stamp[:, None] * GROUPS + group, mask=beyond, other=0.0)
+    f = tl.load(eps_scale + stamp)
+    far = gap.to(tl.float32)
+    d1 = tl.where(near, tl.load(decay + 2 * k), tl.exp2(far * log2_beta1))
+    d2 = tl.where(near, tl.load(decay + 2 * k + 1), tl.exp2(far * log2_beta2))
+    return s_near + s_far, f, d1, d2
+
+
+@triton.jit(do_not_specialize=["n", "step"])
+def gather_leaves(
+    cache_w,
+    cache_m,
+    cache_v,
+    host_w,
+    host_m,
+    host_v,
+    slots,
+    rows,
+    means,
+    scales,
+    quats,
+    opacities,
+    sh,
+    group_of,
+    eps_of,
+    skip,
+    tail,
+    eps_scale,
+    decay,
+    log2_beta1,
+    log2_beta2,
+    step,
+    n,
+    FROM_HOST: tl.constexpr,
+    STAMP: tl.constexpr,
+    SH: tl.constexpr,
+    OPTIMIZED: tl.constexpr,
+    HORIZON: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Settled parameters of rows, each attribute contiguous; the rows themselves stay as they are.
+
+    Rows with a slot >= 0 come from the cache; the others, if FROM_HOST, from the host store.
+    """
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = i < n
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < WIDTH
+    slot = tl.load(slots + i, mask=live, other=0).to(tl.int64)
+    cached = live & (slot >= 0)
+    here = slot[:, None] * WIDTH + column
+    take = cached[:, None] & inside
+    w = tl.load(cache_w + here, mask=take, other=0.0)
+    stamp = tl.load(cache_w + slot * WIDTH + STAMP, mask=cached, other=0.0)
+    if FROM_HOST:
+        absent = live & (slot < 0)
+        row = tl.load(rows + i, mask=live, other=0).to(tl.int64)
+        there = row[:, None] * WIDTH + column
+        fetch = absent[:, None] & inside
+        w += tl.load(host_w + there, mask=fetch, other=0.0)
+        stamp += tl.load(host_w + row * WIDTH + STAMP, mask=absent, other=0.0)
+    since = tl.where(live, stamp.to(tl.int32), step)
+    behind = (since < step)[:, None]
+    group = tl.load(group_of + column, mask=inside, other=0)
+    eps = tl.load(eps_of + column, mask=inside, other=1.0)
+    s, f, _, _ = _skip(
+        since,
+        step,
+        column,
+        inside,
+        group,
+        skip,
+        tail,
+        eps_scale,
+        decay,
+        log2_beta1,
+        log2_beta2,
+        HORIZON,
+        GROUPS,
+    )
+    m = tl.load(cache_m + here, mask=take & behind, other=0.0)
+    v = tl.load(cache_v + here, mask=take & behind, other=0.0)
+    if FROM_HOST:
+        m += tl.load(host_m + there, mask=fetch & behind, other=0.0)
+        v += tl.load(host_v + there, mask=fetch & behind, other=0.0)
+    w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
+    out = i[:, None].to(tl.int64)
+    at = live[:, None]
+    tl.store(means + out * 3 + column, w, mask=at & (column < 3))
+    tl.store(scales + out * 3 + (column - 3), w, mask=at & (column >= 3) & (column < 6))
+    tl.store(quats + out * 4 + (column - 6), w, mask=at & (column >= 6) & (column < 10))
+    tl.store(opacities + out + (column - 10), w, mask=at & (column == 10))
+    bands = at & (column >= SH) & (column < OPTIMIZED)
+    tl.store(sh + out * (OPTIMIZED - SH) + (column - SH), w, mask=bands)
+
+
+@triton.jit(do_not_specialize=["n", "step", "sh_dc_stride", "sh_rest_stride"])
+def settle_and_step_rows(
+    cache_w,
+    cache_m,
+    cache_v,
+    slots,
+    spheres,
+    g_means,
+    g_scales,
+    g_quats,
+    g_opacities,
+    g_dc,
+    g_rest,
+    sh_dc_stride,
+    sh_rest_stride,
+    norms,
+    seen,
+    radii,
+    group_of,
+    eps_of,
+    reach_of,
+    step_size_of_group,
+    skip,
+    tail,
+    eps_scale,
+    decay,
+    log2_beta1,
+    log2_beta2,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    inv_sqrt_bias2,
+    step,
+    n,
+    HAS_STATISTICS: tl.constexpr,
+    STAMP: tl.constexpr,
+    GRAD2D: tl.constexpr,
+    COUNT: tl.constexpr,
+    MAX_RADIUS: tl.constexpr,
+    SH: tl.constexpr,
+    OPTIMIZED: tl.constexpr,
+    HORIZON: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Settle cached rows to step t and apply Adam step t + 1, in place; new spheres [n, 4] out."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = i < n
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < WIDTH
+    slot = tl.load(slots + i, mask=live, other=0).to(tl.int64)
+    at = slot[:, None] * WIDTH + column
+    take = live[:, None] & inside
+    w = tl.load(cache_w + at, mask=take, other=0.0)
+    m = tl.load(cache_m + at, mask=take, other=0.0)
+    v = tl.load(cache_v + at, mask=take, other=0.0)
+    stamp = tl.load(cache_w + slot * WIDTH + STAMP, mask=live, other=0.0).to(tl.int32)
+    stamp = tl.where(live, stamp, step)
+    group = tl.load(group_of + column, mask=inside, other=0)
+    eps = tl.load(eps_of + column, mask=inside, other=1.0)
+    s, f, d1, d2 = _skip(
+        stamp,
+        step,
+        column,
+        inside,
+        group,
+        skip,
+        tail,
+        eps_scale,
+        decay,
+        log2_beta1,
+        log2_beta2,
+        HORIZON,
+        GROUPS,
+    )
+    w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
+    m *= d1[:, None]
+    v *= d2[:, None]
+
+    row = i[:, None].to(tl.int64)
+    # Each load reads the columns of one attribute only; together they are the gradient row.
+    g = tl.load(g_means + row * 3 + column, mask=take & (column < 3), other=0.0)
+    g += tl.load(
+        g_scales + row * 3 + (column - 3), mask=take & (column >= 3) & (column < 6), other=0.0
+    )
+    g += tl.load(
+        g_quats + row * 4 + (column - 6), mask=take & (column >= 6) & (column < 10), other=0.0
+    )
+    g += tl.load(g_opacities + row + (column - 10), mask=take & (column == 10), other=0.0)
+    g += tl.load(
+        g_dc + row * sh_dc_stride + (column - SH),
+        mask=take & (column >= SH) & (column < SH + 3),
+        other=0.0,
+    )
+    g += tl.load(
+        g_rest + row * sh_rest_stride + (column - SH - 3),
+        mask=take & (column >= SH + 3) & (column < OPTIMIZED),
+        other=0.0,
+    )
+
+    step_size = tl.load(step_size_of_group + group, mask=inside, other=0.0)
+    m += (g - m) * one_minus_beta1
+    v = v * beta2 + g * g * one_minus_beta2
+    w -= tl.div_rn(step_size * m, tl.sqrt_rn(v) * inv_sqrt_bias2 + eps)
+    # Denormals would never end decaying.
+    m = tl.where(tl.abs(m) < 1.17549435e-38, 0.0, m)
+    v = tl.where(v < 1.17549435e-38, 0.0, v)
+
+    w = tl.where(column == STAMP, (step + 1).to(tl.float32), w)
+    if HAS_STATISTICS:
+        norm = tl.load(norms + i, mask=live, other=0.0)[:, None]
+        times = tl.load(seen + i, mask=live, other=0.0)[:, None]
+        radius = tl.load(radii + i, mask=live, other=0.0)[:, None]
+        w += tl.where(column == GRAD2D, norm, 0.0) + tl.where(column == COUNT, times, 0.0)
+        w = tl.where((column == MAX_RADIUS) & (radius > w), radius, w)
+    tl.store(cache_w + at, w, mask=take)
+    tl.store(cache_m + at, m, mask=take)
+    tl.store(cache_v + at, v, mask=take)
+
+    # The culler's sphere, as write_sphere in rows.cpp: room for all that skipped steps can add.
+    reach = tl.load(reach_of + column, mask=inside, other=0.0)
+    now = tl.load(eps_scale + step)
+    motion = tl.div_rn(reach * m, tl.sqrt_rn(v) + eps * now)
+    mean = column < 3
+    moved = tl.sum(tl.where(mean, motion * motion, 0.0), axis=1)
+    distance = tl.sum(tl.where(mean, tl.abs(w), 0.0), axis=1)
+    grown = tl.where(motion < 0.0, w - motion, w)
+    scale = (column >= 3) & (column < 6)
+    largest = tl.max(tl.where(scale, grown, float("-inf")), axis=1)
+    # A maximum may pass over NaN; a sum does not, and the culler keeps what is not a number.
+    broken = tl.sum(tl.where(scale, grown * 0.0, 0.0), axis=1)
+    radius = 3.3301 * tl.exp(largest) + tl.sqrt_rn(moved) + 1e-6 * distance + broken
+    corner = tl.arange(0, 4)[None, :]
+    x = tl.sum(tl.where(column == 0, w, 0.0), axis=1)[:, None]
+    y = tl.sum(tl.where(column == 1, w, 0.0), axis=1)[:, None]
+    z = tl.sum(tl.where(column == 2, w, 0.0), axis=1)[:, None]
+    sphere = tl.where(
+        corner == 0, x, tl.where(corner == 1, y, tl.where(corner == 2, z, radius[:, None]))
+    )
+    tl.store(spheres + row * 4 + corner, sphere, mask=live[:, None])

@@ -1,0 +1,295 @@
+"""The resident engine: rows live in GPU memory as long as the budget lets them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.engines.budget import Budget
+from gsscale_nerfstudio.engines.host import HostEngine
+from gsscale_nerfstudio.engines.staging import Staging
+from gsscale_nerfstudio.engines.streams import (
+    Mark,
+    SideStream,
+    mark_current,
+    reached,
+    wait,
+    wait_in_stream,
+)
+from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.optim.device_tables import DeviceTables
+from gsscale_nerfstudio.store import HostStore
+
+if TYPE_CHECKING:  # its kernels need Triton, which a machine without a GPU can do without
+    from gsscale_nerfstudio.engines.cache import Admission, RowCache
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A view's rows, and where they are in the cache; ``admission`` is None if they had no room."""
+
+    ids: Tensor
+    number: int
+    pixels: int
+    admission: Admission | None
+
+
+@dataclass(frozen=True)
+class _NewSpheres:
+    """Spheres that a step has changed, on their way to the host."""
+
+    step: int
+    ids: Tensor
+    on_device: Tensor  # held until it has been copied
+    staging: Staging
+    on_host: Tensor
+    arrived: Mark
+
+
+def _kernels_run_on_cpu() -> bool:
+    """Whether Triton is told to interpret kernels, as tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class ResidentEngine(HostEngine):
+    """Settles and steps rows on the GPU, in a cache that is as large as the budget allows.
+
+    A row crosses the link when it enters the cache, while the view before it is rendered, and when
+    it has to leave; rows of consecutive views stay. Without a cache (before training, on a CPU, or
+    when the budget cannot hold a view) it is the host engine.
+
+    Args:
+        store: the rows.
+        device: where the rasterizer runs.
+        budget: how much GPU memory may be used.
+        required: refuse to train without a cache on a machine that cannot have one.
+    """
+
+    def __init__(
+        self, store: HostStore, device: torch.device, budget: Budget, required: bool = False
+    ) -> None:
+        self.budget = budget
+        self.required = required
+        self._caching = False
+        self._cache: RowCache | None = None
+        super().__init__(store, device)
+
+    def _start_training(self) -> None:
+        self._caching = self.device.type == "cuda" or _kernels_run_on_cpu()
+        if not self._caching:
+            if self.required:
+                raise GSScaleError(
+                    "the resident engine keeps Gaussians in GPU memory and there is no GPU; use "
+                    "--pipeline.model.engine host (or auto)"
+                )
+            return
+        self._tables = DeviceTables(self.history, self.device)
+        self._returns = SideStream(self.device)
+        self._changed: deque[_NewSpheres] = deque()
+        self._spare: list[Staging] = []
+        self._prepared_views = 0
+        self._current: _Prepared | None = None
+        self._rows_done: Mark = None
+        self._warned = False
+        self._view_rows = 0  # rows of a view that the cache was made for
+
+    # -- before the step -------------------------------------------------------------------------
+
+    def _prepare(self, view: View, step: int) -> Any:
+        if not self._caching:
+            return super()._prepare(view, step)
+        ahead = step > self.step_count
+        self._take_spheres(wait_for_all=not ahead)
+        start = time.perf_counter()
+        ids = self._cull(view, step)
+        self.counters["cull_s"] += time.perf_counter() - start
+        self._prepared_views += 1
+        prepared = _Prepared(ids, self._prepared_views, view.width * view.height, None)
+        # A cache of another size is not made while rows of this one are being stepped.
+        if self._cache is not None and len(ids) <= self._view_rows:
+            keep_from = self._current.number if ahead and self._current else prepared.number
+            admission = self._cache.admit(ids, prepared.number, keep_from, self._rows_done)
+            return replace(prepared, admission=admission)
+        return prepared
+
+    def _bring(self, prepared: Any) -> WorkingSet:
+        if not self._caching:
+            return super()._bring(prepared)
+        if prepared.admission is None:
+            prepared = self._make_room(prepared)
+            if prepared.admission is None:
+                self._stop_caching(len(prepared.ids))
+                return super()._bring(prepared.ids)
+        self._current = prepared
+        self._count(prepared)
+        # The rows must have arrived before they are read.
+        wait_in_stream(prepared.admission.ready, self.device)
+        assert self._cache is not None
+        attributes = self._cache.gather(prepared.admission.slots, self._tables)
+        return working_set(prepared.ids, attributes, training=True)
+
+    def _make_room(self, prepared: _Prepared) -> _Prepared:
+        """Admit a view that had no room while the last one was being trained."""
+        n = len(prepared.ids)
+        if self._cache is not None and n <= self._view_rows:
+            self._warn_once(
+                "two consecutive views do not fit into the GPU memory budget together; rows are "
+                "brought in between steps, which is slower. Raise --pipeline.model.vram-budget-gb "
+                "if the GPU has more memory."
+            )
+        else:
+            self._resize_cache(n, prepared.pixels)
+        if self._cache is None:
+            return prepared
+        self._prepared_views += 1
+        number = self._prepared_views
+        admission = self._cache.admit(prepared.ids, number, number, self._rows_done)
+        return replace(prepared, number=number, admission=admission)
+
+    def _resize_cache(self, n: int, pixels: int) -> None:
+        """Make a cache that has room for views like one of ``n`` rows, as large as it may be."""
+        if self._cache is not None:
+            self._cache.write_back(self._rows_done)
+            self._drop_cache()
+        # Views differ; a larger one than expected costs a new cache.
+        self._view_rows = max(self._view_rows, n + n // 4)
+        row_bytes = 3 * self.store.layout.width * 4
+        limit = self.budget.cache_rows(self.device, row_bytes, self._view_rows, pixels)
+        slots = min(limit, len(self.store) + len(self.store) // 4)
+        if slots < n:
+            return
+        from gsscale_nerfstudio.engines.cache import RowCache
+
+        self._cache = RowCache(self.store, self.device, slots)
+        self._cache_limit = limit
+        if self.device.type == "cuda":
+            # Its memory may have been another stream's, which has to be done with it.
+            torch.cuda.synchronize(self.device)
+
+    def _drop_cache(self) -> None:
+        self._cache = None
+        if self.device.type == "cuda":
+            # The next one has another size; its memory must not come on top of this one's.
+            torch.cuda.empty_cache()
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {message}")
+
+    def _stop_caching(self, n: int) -> None:
+        """Go on as the host engine."""
+        self._caching = False
+        self._cache = None
+        self._changed.clear()
+        CONSOLE.print(
+            f"[bold yellow]gsscale:[/bold yellow] the GPU memory budget cannot hold a view of "
+            f"{n:,} Gaussians and their optimizer state; from here on Adam runs on the CPU (engine "
+            "host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
+        )
+
+    def _count(self, prepared: _Prepared) -> None:
+        assert prepared.admission is not None
+        n, missed = len(prepared.ids), prepared.admission.missed
+        moved = (missed + prepared.admission.written) * 3 * self.store.layout.width * 4
+        counters = {"views": 1, "rows": n, "rows_missed": missed, "link_bytes": moved}
+        for name, value in counters.items():
+            self.counters[name] += value
+
+    # -- rendering and stepping ------------------------------------------------------------------
+
+    def _fetch(self, view: View) -> WorkingSet:
+        if not self._caching:
+            return super()._fetch(view)
+        self._take_spheres(wait_for_all=True)
+        ids = self._cull(view, self.step_count)
+        if self._cache is None:
+            return self._send(ids, training=False)
+        if self._announced is not None:
+            # Rows may still be on their way, in either direction.
+            prepared = self._announced.prepared.result()
+            if prepared.admission is not None:
+                wait_in_stream(prepared.admission.ready, self.device)
+        rows = ids.to(self.device)
+        attributes = self._cache.gather(self._cache.lookup(ids), self._tables, rows)
+        return working_set(ids, attributes, training=False)
+
+    @torch.no_grad()
+    def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:
+        if not self._caching:
+            return super()._step_rows(working, lrs)
+        assert self._cache is not None and self._current is not None
+        assert self._current.admission is not None
+        slots = self._current.admission.slots
+        spheres = self._cache.step(slots, working, self._tables, lrs)
+        self._rows_done = mark_current(self.device)
+        staging = self._spare.pop() if self._spare else self._new_staging()
+        on_host = staging.rows(len(working))
+        with self._returns.active(after=self._rows_done):
+            on_host.copy_(spheres, non_blocking=True)
+            arrived = self._returns.mark()
+        self._changed.append(
+            _NewSpheres(self.step_count + 1, working.ids, spheres, staging, on_host, arrived)
+        )
+
+    def _step_recorded(self) -> None:
+        if self._caching:
+            self._tables.record()
+
+    def _new_staging(self) -> Staging:
+        return Staging(self.store.capacity, 4, self.device)
+
+    def _take_spheres(self, wait_for_all: bool) -> None:
+        """Let the culler know of the steps whose spheres have arrived."""
+        while self._changed and (wait_for_all or reached(self._changed[0].arrived)):
+            new = self._changed.popleft()
+            wait(new.arrived)
+            self.culler.replace(len(self.store), new.ids, new.on_host)
+            self._bounds_step = new.step
+            self._spare.append(new.staging)
+
+    # -- the host store --------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        if self._caching and self._cache is not None:
+            self._cache.write_back(self._rows_done)
+            self._take_spheres(wait_for_all=True)
+        super()._settle()
+
+    def _refresh_spheres(self) -> None:
+        if self._caching:
+            self._tables.rebound()
+        super()._refresh_spheres()
+
+    def restart(self, step: int) -> None:
+        if self._caching:
+            for new in self._changed:  # of rows that are no more
+                wait(new.arrived)
+            self._changed.clear()
+        super().restart(step)
+        if self._caching:
+            self._tables.restart()
+
+    def rows_changed(self) -> None:
+        super().rows_changed()
+        if self._caching and self._cache is not None:
+            if min(len(self.store), self._cache_limit) <= len(self._cache):
+                self._cache.forget()
+            else:
+                self._drop_cache()
+
+    def move_to(self, device: torch.device) -> None:
+        self.settle()
+        self._caching = False
+        self._cache = None
+        super().move_to(device)

@@ -1,0 +1,38 @@
+"""Which of Nerfstudio's training settings can be honoured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nerfstudio.engine.optimizers import Optimizers
+
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.optim import DeferredAdam
+from gsscale_nerfstudio.store import GROUPS
+
+
+def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
+    """Stop before the first step if a setting of the run cannot be honoured.
+
+    Raises:
+        GSScaleError: names the setting and what to do.
+    """
+    for name in GROUPS:
+        if not isinstance(optimizers.optimizers[name], DeferredAdam):
+            raise GSScaleError(
+                f"the optimizer of '{name}' is {type(optimizers.optimizers[name]).__name__}; rows "
+                "in host memory are optimized by DeferredAdam (DeferredAdamConfig), whose results "
+                "are Adam's"
+            )
+        if trainer.gradient_accumulation_steps[name] != 1:
+            raise GSScaleError(
+                f"gradient accumulation for '{name}' is not supported, because each step has its "
+                "own working set; remove --gradient-accumulation-steps for the Gaussians"
+            )
+    if trainer.mixed_precision or trainer.use_grad_scaler:
+        raise GSScaleError(
+            "mixed precision and gradient scaling are not supported (splatfacto trains in float32 "
+            "too); remove --mixed-precision and --use-grad-scaler"
+        )
+    if trainer.world_size > 1:
+        raise GSScaleError("training on several GPUs is not supported; use --machine.num-devices 1")

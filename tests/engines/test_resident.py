@@ -1,0 +1,237 @@
+"""The resident engine: whatever the budget and whoever is late, dense Adam's numbers come out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from gsscale_nerfstudio.densify import RowStrategy
+from gsscale_nerfstudio.engines import Budget, ResidentEngine
+from gsscale_nerfstudio.engines import make_engine as engine_of
+from gsscale_nerfstudio.engines.streams import Stress
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.store import HostStore, RowLayout
+from tests.engines.driving import (
+    DEVICES,
+    copies,
+    dense,
+    drive,
+    largest_errors,
+    make_engine,
+    random_rows,
+    ring_of_views,
+)
+
+ROWS = 500
+
+
+def largest_view(layout: RowLayout) -> int:
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", None)
+    return max(len(engine.fetch(view)) for view in ring_of_views())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("budget", ["all rows", "two views", "one view"])
+@pytest.mark.parametrize("degree", [0, 2, 3])
+def test_two_hundred_steps_equal_dense_adam(device, budget, degree):
+    """Learning-rate schedules on, views announced; with less room, rows come and go."""
+    if device == "cpu" and degree != 2 and budget != "two views":
+        pytest.skip("slow without a GPU, and covered by the others")
+    layout = RowLayout(degree)
+    view = largest_view(layout)
+    room = {"all rows": ROWS, "two views": 2 * view, "one view": view + view // 3}[budget]
+    steps = 200 if (degree, budget) == (2, "two views") or device == "cuda" else 40
+    engine = make_engine(random_rows(ROWS, layout), layout, device, room)
+    before = copies(engine.store)
+    seen = drive(engine, steps)
+    counters = dict(engine.counters)
+    engine.settle()
+    expected = dense(before, seen, steps)
+    moved = min(float((expected[n] - before[n]).abs().max()) for n in before if before[n].numel())
+    assert moved > 1e-4
+    errors = largest_errors(engine.store, {n: v for n, v in expected.items()})
+    assert max(e for e in errors.values() if e == e) < 1e-5, errors
+    assert counters["views"] == steps  # it did not fall back to the host engine
+    missed = counters["rows_missed"]
+    assert missed <= ROWS if budget == "all rows" else missed > 0.2 * counters["rows"]
+    assert engine.store.bookkeeping("count").sum() == sum(len(ids) for ids in seen)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_renders_and_wrong_announcements_do_not_disturb(device):
+    layout = RowLayout(1)
+    view = largest_view(layout)
+    plain, watched = (
+        make_engine(random_rows(ROWS, layout), layout, device, 2 * view) for _ in range(2)
+    )
+    drive(plain, 60, announce=lambda step: False)
+    chance = random.Random(1)
+    views = ring_of_views()
+
+    def look(step: int) -> None:
+        if chance.random() < 0.5:
+            working = watched.fetch(chance.choice(views))
+            assert all(torch.isfinite(leaf).all() for leaf in working.leaves.values())
+        if chance.random() < 0.2:
+            watched.settle()
+        if chance.random() < 0.2:
+            watched.announce(chance.choice(views))  # not what comes next
+
+    drive(watched, 60, before_step=look)
+    plain.settle()
+    watched.settle()
+    # The rows of a view depend on what was known when it was culled; their values do not.
+    errors = largest_errors(watched.store, copies(plain.store))
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_fetched_is_what_is_settled(device):
+    """Rows in the cache and rows in the host store, at any number of steps behind."""
+    layout = RowLayout(1)
+    engine = make_engine(random_rows(ROWS, layout), layout, device, 2 * largest_view(layout))
+    drive(engine, 30)
+    fetched = [engine.fetch(view) for view in ring_of_views()]
+    assert 0 < engine._cache.table.in_use < ROWS
+    engine.settle()
+    for working in fetched:
+        for name, leaf in working.leaves.items():
+            expected = engine.store.column(name)[working.ids.long()]
+            torch.testing.assert_close(leaf.cpu(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_culling_ahead_drops_no_row(device):
+    """A view that was culled before the last step was done holds all rows that it sees after."""
+    layout = RowLayout(1)
+    engine = make_engine(random_rows(ROWS, layout), layout, device, ROWS)
+    views = ring_of_views()
+    ahead, exact = [], []
+
+    def compare(step: int) -> None:
+        if engine._announced is not None:
+            ahead.append(engine._announced.prepared.result().ids)
+            exact.append(engine.fetch(views[step * 5 % len(views)]).ids)
+
+    drive(engine, 30, before_step=compare)
+    assert len(ahead) == 29
+    for early, late in zip(ahead, exact, strict=True):
+        assert set(late.tolist()) <= set(early.tolist())
+    sizes = [sum(len(ids) for ids in sets) for sets in (exact, ahead)]
+    assert sizes[0] < sizes[1] < 1.2 * sizes[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("share", [0.7, 3])
+def test_densification_in_between(device, share):
+    """The same rows grow, split and go as with the host engine, and have the same values."""
+    layout = RowLayout(1)
+
+    def strategy() -> RowStrategy:
+        return RowStrategy(
+            grow_grad2d=0.95,
+            grow_scale3d=0.07,
+            refine_start_iter=5,
+            refine_every=10,
+            reset_every=30,
+            prune_opa=0.4,
+            verbose=False,
+        )
+
+    stores = []
+    for cache_rows in (None, int(share * ROWS)):
+        torch.manual_seed(5)
+        engine = make_engine(random_rows(ROWS, layout), layout, device, cache_rows)
+        strategies = strategy()
+        sizes = []
+
+        def refine(step: int, engine=engine, strategies=strategies, sizes=sizes) -> None:
+            strategies.refine(engine, step)
+            sizes.append(len(engine.store))
+
+        drive(engine, 45, announce=lambda step: step % 2 == 0, after_step=refine)
+        engine.settle()
+        assert len(set(sizes)) > 2
+        stores.append(engine.store)
+    assert len(stores[0]) == len(stores[1])
+    errors = largest_errors(stores[1], copies(stores[0]))
+    assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_do_not_depend_on_who_is_late(device, monkeypatch):
+    layout = RowLayout(1)
+    room = 2 * largest_view(layout)
+    plain, stressed = (
+        make_engine(random_rows(ROWS, layout), layout, device, room) for _ in range(2)
+    )
+    drive(plain, 50)
+    monkeypatch.setattr(Stress, "longest", 0.004)
+    drive(stressed, 50)
+    plain.settle()
+    stressed.settle()
+    errors = largest_errors(stressed.store, copies(plain.store))
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_budget_below_one_view_goes_on_as_the_host_engine(device, capsys):
+    layout = RowLayout(1)
+    engine = make_engine(random_rows(ROWS, layout), layout, device, largest_view(layout) // 2)
+    before = copies(engine.store)
+    seen = drive(engine, 20)
+    assert "vram-budget-gb" in capsys.readouterr().out
+    engine.settle()
+    errors = largest_errors(engine.store, dense(before, seen, 20))
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_view_larger_than_expected_gets_a_new_cache(device):
+    """Views differ by more than the reserve that the cache was made with."""
+    layout = RowLayout(1)
+    values = random_rows(ROWS, layout)
+    values["means"][: ROWS // 2, 0] = -abs(values["means"][: ROWS // 2, 0])
+    values["means"][: 4 * ROWS // 5, 2] = -abs(values["means"][: 4 * ROWS // 5, 2])
+    engine = make_engine(values, layout, device, ROWS)
+    before = copies(engine.store)
+    seen = drive(engine, 24)
+    sizes = [len(ids) for ids in seen]
+    assert max(sizes) > 2 * sizes[0]
+    engine.settle()
+    errors = largest_errors(engine.store, dense(before, seen, 24))
+    assert max(errors.values()) < 1e-5, errors
+    assert engine.counters["views"] == 24
+
+
+def test_a_restart_forgets_the_cache():
+    layout = RowLayout(1)
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", ROWS)
+    drive(engine, 5)
+    engine.settle()
+    engine.store.column("means").add_(1.0)
+    engine.restart(5)
+    working = engine.fetch(ring_of_views()[0])
+    expected = engine.store.column("means")[working.ids.long()]
+    assert len(working) and torch.equal(working.leaves["means"], expected)
+
+
+def test_budgets():
+    cpu = torch.device("cpu")
+    assert Budget(None).cache_rows(cpu, 768, 1000, 1000) == 2**31 - 1
+    four, eight = (Budget(gb).cache_rows(cpu, 768, 10**6, 3 * 10**6) for gb in (4, 8))
+    assert eight - four == pytest.approx(4e9 / 768, abs=2)
+    assert 0 < four < 4e9 / 768
+    assert Budget(0.5).cache_rows(cpu, 768, 1000, 1000) == 0
+
+
+def test_refused_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    store = HostStore(RowLayout(0), max_rows=100)
+    store.append(random_rows(50, store.layout), stamp=0)
+    engine = engine_of("resident", store, None)
+    with pytest.raises(GSScaleError, match="host"):
+        drive(engine, 1)
+    assert isinstance(engine_of("auto", store, None), ResidentEngine)
