@@ -56,7 +56,7 @@ class GsplatTrainer:
         self._truths: dict[tuple[int, int], Tensor] = {}
         self._visible = 0
 
-    def step(self, view: int, upcoming: int, mark: Mark) -> None:
+    def step(self, view: int, upcoming: list[int], mark: Mark) -> None:
         mark()
         p = self.params
         self.optimizer.zero_grad(set_to_none=True)

@@ -204,9 +204,6 @@ class HostRows:
 
     def measure(self) -> list[Measurement]:
         """All kernels."""
-        # torch's threads are a pool of their own. It spins on for a while after it has worked,
-        # and would take the cores from the kernels' pool.
-        torch.set_num_threads(1)
         return [self.settle(), self.settle_and_step(), self.gather_settled(), self.cull()]
 
     @property

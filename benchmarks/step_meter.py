@@ -56,24 +56,24 @@ class Clock:
         return time.perf_counter()
 
 
-def view_order(views: int, seed: int) -> Iterator[tuple[int, int]]:
-    """Endless pairs (view, next view): every epoch is another permutation of the views."""
+UPCOMING = 24
+"""Views that a method is told of in advance, like those of an epoch are known to a data manager."""
+
+
+def view_order(views: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Endless pairs (view, those that follow); every epoch is another permutation of the views."""
     random = torch.Generator().manual_seed(seed)
-
-    def endless() -> Iterator[int]:
-        while True:
-            yield from torch.randperm(views, generator=random).tolist()
-
-    order = endless()
-    view = next(order)
-    for upcoming in order:
-        yield view, upcoming
-        view = upcoming
+    coming: list[int] = []
+    while True:
+        while len(coming) <= UPCOMING:
+            coming += torch.randperm(views, generator=random).tolist()
+        yield coming[0], coming[1 : 1 + UPCOMING]
+        del coming[0]
 
 
 def measure(
     method: Method,
-    order: Iterator[tuple[int, int]],
+    order: Iterator[tuple[int, list[int]]],
     warmup: int,
     steps: int,
     device: torch.device,
@@ -127,7 +127,7 @@ def _nothing() -> None:
     pass
 
 
-def _phases(method: Method, order: Iterator[tuple[int, int]], clock: Clock) -> dict[str, Any]:
+def _phases(method: Method, order: Iterator[tuple[int, list[int]]], clock: Clock) -> dict[str, Any]:
     """Medians of each phase, and the mean number of rows that the views saw."""
     steps, visible = [], []
     for _ in range(PHASE_STEPS):
@@ -144,7 +144,9 @@ def _phases(method: Method, order: Iterator[tuple[int, int]], clock: Clock) -> d
     return {**phases, "visible_rows": fmean(visible)}
 
 
-def gpu_busy(method: Method, order: Iterator[tuple[int, int]], clock: Clock) -> dict[str, Any]:
+def gpu_busy(
+    method: Method, order: Iterator[tuple[int, list[int]]], clock: Clock
+) -> dict[str, Any]:
     """Time in which the GPU ran a kernel or a copy, per step and as a share of the profiled time.
 
     The profiler slows the host, so the share is a lower bound where the host is what limits.

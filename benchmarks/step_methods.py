@@ -30,8 +30,8 @@ Mark = Callable[[], None]
 class Method(Protocol):
     """A way to train, ready for its first step. Views are indices of the scene's cameras."""
 
-    def step(self, view: int, upcoming: int, mark: Mark) -> None:
-        """Train on ``view``; the next call will be for ``upcoming``.
+    def step(self, view: int, upcoming: list[int], mark: Mark) -> None:
+        """Train on ``view``; the next calls will be for ``upcoming``.
 
         ``mark`` is called at the start, after the loss, after the backward pass and at the end.
         """
@@ -89,10 +89,10 @@ class NerfstudioMethod:
         camera.metadata = {"cam_idx": view}
         return camera
 
-    def _announce(self, upcoming: int) -> None:
+    def _announce(self, upcoming: list[int]) -> None:
         """Tell the model which view comes next."""
 
-    def step(self, view: int, upcoming: int, mark: Mark) -> None:
+    def step(self, view: int, upcoming: list[int], mark: Mark) -> None:
         mark()
         self.model.step = self._step
         self._announce(upcoming)
@@ -152,8 +152,9 @@ class GSScale(NerfstudioMethod):
             self._cut[view].metadata = {"cam_idx": view}
         return self._cut[view]
 
-    def _announce(self, upcoming: int) -> None:
-        self.model.upcoming = self._camera(upcoming)
+    def _announce(self, upcoming: list[int]) -> None:
+        look_ahead = self.model.engine.look_ahead
+        self.model.upcoming = [self._camera(view) for view in upcoming[:look_ahead]]
 
     def visible(self) -> int:
         return len(self.model.engine.current)

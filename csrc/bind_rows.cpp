@@ -3,6 +3,7 @@
 #include <cmath>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
 #include "buffers.h"
 #include "ids.h"
@@ -13,6 +14,7 @@ namespace gsscale {
 namespace {
 
 using Columns = nb::ndarray<int32_t, nb::shape<6>, nb::c_contig, nb::device::cpu>;
+using Doubles2 = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using GroupOf = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void require(bool condition, const char *message) {
@@ -43,33 +45,42 @@ struct Store {
 };
 
 struct Tables {
-    Floats2 skip, tail;
+    Floats2 tail;
     Floats1 eps_scale, decay1, decay2, eps, reach;
     GroupOf group;
+    std::vector<float> skip;  // [K + 1, width]: each group's values in each of its columns
     SkipTables raw;
 
-    Tables(int64_t step, Floats2 skip_, Floats2 tail_, Floats1 eps_scale_, Floats1 decay1_,
+    Tables(int64_t step, Doubles2 skip_, Floats2 tail_, Floats1 eps_scale_, Floats1 decay1_,
            Floats1 decay2_, Floats1 eps_, Floats1 reach_, GroupOf group_, double beta1,
            double beta2)
-        : skip(skip_), tail(tail_), eps_scale(eps_scale_), decay1(decay1_), decay2(decay2_),
+        : tail(tail_), eps_scale(eps_scale_), decay1(decay1_), decay2(decay2_),
           eps(eps_), reach(reach_), group(group_) {
-        const int64_t horizon = (int64_t)skip.shape(0) - 1, width = (int64_t)skip.shape(1);
+        const int64_t horizon = (int64_t)skip_.shape(0) - 1, width = (int64_t)group.shape(0);
+        const int64_t n_groups = (int64_t)tail.shape(1);
+        require(step >= 0, "step must not be negative");
+        require(width <= kMaxWidth && n_groups <= width, "at most 128 columns, a group in each");
+        require((int64_t)skip_.shape(1) == n_groups, "skip and tail must have a column per group");
+        for (int64_t c = 0; c < width; ++c)
+            require(group.data()[c] >= 0 && group.data()[c] <= n_groups, "group out of range");
         require(horizon >= 0 && (int64_t)decay1.shape(0) == horizon + 1 &&
                     (int64_t)decay2.shape(0) == horizon + 1,
                 "skip, decay1 and decay2 must have horizon + 1 entries");
-        require((int64_t)eps.shape(0) == width && (int64_t)reach.shape(0) == width &&
-                    (int64_t)group.shape(0) == width,
+        require((int64_t)eps.shape(0) == width && (int64_t)reach.shape(0) == width,
                 "eps, reach and group must have one entry per column");
         require((int64_t)eps_scale.shape(0) > step, "eps_scale must cover steps 0 .. step");
         require((int64_t)tail.shape(0) >= step - horizon, "tail must cover steps 0 .. step - K - 1");
-        raw = {step,          horizon,       (int64_t)tail.shape(1), skip.data(), tail.data(),
-               eps_scale.data(), decay1.data(), decay2.data(),       eps.data(),  reach.data(),
-               group.data(),  beta1,         beta2};
+        skip.resize((horizon + 1) * width);
+        GSSCALE_DISPATCH(spread_groups, skip_.data(), horizon + 1, n_groups, group.data(), width,
+                         skip.data());
+        raw = {step,          horizon,       n_groups,   skip.data(),  tail.data(), eps_scale.data(),
+               decay1.data(), decay2.data(), eps.data(), reach.data(), group.data(), beta1,
+               beta2};
     }
 };
 
 void check(const Store &store, const Tables &tables) {
-    require((int64_t)tables.skip.shape(1) == store.raw.width, "tables and rows differ in width");
+    require((int64_t)tables.group.shape(0) == store.raw.width, "tables and rows differ in width");
 }
 
 Selection select(const Store &store, const int32_t *ids, int64_t n_ids, const int32_t *pick,
@@ -141,17 +152,17 @@ void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floa
 
 void bind_rows(nb::module_ &m) {
     // noconvert: nanobind would otherwise hand us a converted copy and lose what we write to it.
-    // noconvert: nanobind would otherwise hand us a converted copy and lose what we write to it.
     nb::class_<Store>(m, "Rows")
         .def(nb::init<Floats2, Floats2, Floats2, std::optional<Floats2>, Columns>(),
              nb::arg("params").noconvert(), nb::arg("exp_avg").noconvert(), nb::arg("exp_avg_sq").noconvert(),
              nb::arg("spheres").noconvert().none(), nb::arg("columns").noconvert());
     nb::class_<Tables>(m, "SkipTables")
-        .def(nb::init<int64_t, Floats2, Floats2, Floats1, Floats1, Floats1, Floats1, Floats1,
+        .def(nb::init<int64_t, Doubles2, Floats2, Floats1, Floats1, Floats1, Floats1, Floats1,
                       GroupOf, double, double>(),
              nb::arg("step"), nb::arg("skip").noconvert(), nb::arg("tail").noconvert(), nb::arg("eps_scale").noconvert(),
              nb::arg("decay1").noconvert(), nb::arg("decay2").noconvert(), nb::arg("eps").noconvert(), nb::arg("reach").noconvert(),
-             nb::arg("group").noconvert(), nb::arg("beta1"), nb::arg("beta2"));
+             nb::arg("group").noconvert(), nb::arg("beta1"), nb::arg("beta2"))
+        .def_prop_ro("step", [](const Tables &tables) { return tables.raw.step; });
     m.def("gather_settled", &gather, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
           nb::arg("out").noconvert(), nb::arg("pick").noconvert().none() = nb::none(),
           "Settled params of the rows `ids`, or ids[pick], into the rows of `out`; the store is not "

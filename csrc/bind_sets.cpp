@@ -58,13 +58,13 @@ int64_t count_common(Span a, Span b, Marks &marks) {
 }
 
 // Appends positions: to `common` where the id is marked, to `only` elsewhere. The address is
-// chosen, not the branch, which would be guessed wrong where neighbouring ids differ.
+// computed, since a branch would be guessed wrong where neighbouring ids differ.
 void divide(const Span &s, int64_t base, const uint8_t *marks, int32_t *&common, int32_t *&only) {
     int32_t *yes = common, *no = only;
     for (int64_t i = s.begin; i < s.end; ++i) {
         const int64_t marked = marks[s.ids[i] - base];
-        int32_t *to = marked ? yes : no;
-        *to = (int32_t)i;
+        const uintptr_t mask = -(uintptr_t)marked;
+        *(int32_t *)(((uintptr_t)yes & mask) | ((uintptr_t)no & ~mask)) = (int32_t)i;
         yes += marked;
         no += 1 - marked;
     }

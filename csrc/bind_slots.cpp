@@ -1,4 +1,5 @@
-// Which row of the host store is in which slot of a cache in GPU memory: exact LRU by view.
+// Which row of the host store is in which slot of a cache in GPU memory, and which leaves first:
+// the row that will be needed last, as far as the coming views are known (Belady's rule).
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 
@@ -19,13 +20,20 @@ namespace gsscale {
 
 namespace {
 
+using Moves = nb::ndarray<int32_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
+
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
-// Rows that the lists may name per slot before those that no longer count are dropped.
-constexpr int64_t kListedPerSlot = 4;
+// Views that can be told in advance; view v is bit v % 32 of a row's mask.
+constexpr int64_t kAheadBits = 32, kMostAhead = 30;
+
+// Rows leave in descending order of their bucket: 0 .. 31, the distance to the next view known to
+// need the row; from 32 on, none is known: the number of views since the last one, up to 31.
+constexpr int kBuckets = 64;
+constexpr uint8_t kStays = 255;
 
 // Ids ahead whose entries are requested: the hardware stops at the gaps between ids.
-constexpr int64_t kAhead = 32;
+constexpr int64_t kAhead = 64;
 
 void require(bool condition, const char *message) {
     if (!condition) throw std::invalid_argument(message);
@@ -37,11 +45,9 @@ struct Residence {
     int32_t view;         // that used the row last; -1 once the row has left
 };
 
-// The rows that a view used, ascending. A row counts in the list of the view that used it last; in
-// older ones it is passed over.
+// The rows that a view used, ascending.
 struct ViewRows {
     int32_t view;
-    size_t next;  // rows before this one have left, or been passed over
     std::vector<int32_t> rows;
 };
 
@@ -55,51 +61,79 @@ class SlotTable {
     int64_t n_slots() const { return n_slots_; }
     int64_t n_rows() const { return n_rows_; }
     int64_t in_use() const { return in_use_; }
-    int64_t listed() const { return listed_; }
 
     void clear(std::optional<int64_t> n_rows) {
         const int64_t n = n_rows.value_or(n_rows_);
         require(0 <= n && n <= kMost, "n_rows must be between 0 and 2^31 - 1");
         // calloc, because it takes no memory for rows that no view comes near.
         Residence *fresh = (Residence *)std::calloc(std::max<int64_t>(n, 1), sizeof(Residence));
-        if (!fresh) throw std::bad_alloc();
+        uint32_t *masks = (uint32_t *)std::calloc(std::max<int64_t>(n, 1), sizeof(uint32_t));
+        if (!fresh || !masks) {
+            std::free(fresh);
+            std::free(masks);
+            throw std::bad_alloc();
+        }
         table_.reset(fresh);
+        ahead_.reset(masks);
+        buckets_.reset();
         n_rows_ = n;
-        in_use_ = listed_ = 0;
+        in_use_ = 0;
         views_.clear();
     }
 
-    std::optional<std::pair<int64_t, int64_t>> plan(Ids ids_, int64_t view, int64_t protect_from,
-                                                    Ids slots_, Ids rows_in_, Ids slots_in_,
-                                                    Ids rows_out_) {
+    void expect(Ids ids_, int64_t view) {
         const int64_t n = (int64_t)ids_.shape(0);
-        for (const Ids *out : {&slots_, &rows_in_, &slots_in_, &rows_out_})
-            require((int64_t)out->shape(0) >= n, "outputs must have room for one entry per id");
+        require(last_view_ < view && view <= last_view_ + kMostAhead,
+                "a view can be expected at most 30 views ahead of the last one");
+        const int32_t *ids = ids_.data();
+        nb::gil_scoped_release release;
+        check_ids(ids, n);
+        uint32_t *masks = ahead_.get();
+        const uint32_t bit = uint32_t(1) << (view % kAheadBits);
+        const int threads = threads_for_ids(n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t i = 0; i < n; ++i) {
+            if (i + kAhead < n) __builtin_prefetch(masks + ids[i + kAhead], 1);
+            masks[ids[i]] |= bit;
+        }
+    }
+
+    std::optional<std::pair<int64_t, int64_t>> plan(Ids ids_, int64_t view, int64_t protect_from,
+                                                    Ids slots_, Moves moves_) {
+        const int64_t n = (int64_t)ids_.shape(0);
+        require((int64_t)slots_.shape(0) >= n && (int64_t)moves_.shape(0) >= n,
+                "slots and moves must have room for one entry per id");
         require(last_view_ < view && view <= kMost,
                 "view numbers must grow from call to call, and stay below 2^31");
+        require(protected_from_ <= protect_from, "protect_from must not go back");
         const int32_t *ids = ids_.data();
-        int32_t *slots = slots_.data(), *rows_in = rows_in_.data();
-        int32_t *slots_in = slots_in_.data(), *rows_out = rows_out_.data();
+        int32_t *slots = slots_.data(), *moves = moves_.data();
         nb::gil_scoped_release release;
 
         check_ids(ids, n);
         if (!fits(ids, n, protect_from)) return std::nullopt;
-        if ((int64_t)places_.size() < n) places_.resize(n);
-        if (n > 0) views_.push_back({(int32_t)view, 0, std::vector<int32_t>(ids, ids + n)});
-        // From here on nothing can fail.
-        listed_ += n;
+        for (std::vector<int32_t> *list : {&places_, &rows_in_, &slots_in_, &rows_out_})
+            if ((int64_t)list->size() < n) list->resize(n);
+        while (!views_.empty() && views_.front().view < protect_from) views_.pop_front();
+        if (n > 0) views_.push_back({(int32_t)view, std::vector<int32_t>(ids, ids + n)});
+        // The rows fit, and so do the lists: from here on the table changes.
         last_view_ = view;
-        const int64_t misses = use(ids, n, (int32_t)view, slots, rows_in);
-        const int64_t newest = choose_slots(misses, slots_in, rows_out);
+        protected_from_ = protect_from;
+        const int64_t misses = use(ids, n, (int32_t)view, slots, rows_in_.data());
+        const int64_t newest =
+            choose_slots(misses, protect_from, slots_in_.data(), rows_out_.data());
         Residence *table = table_.get();
-        const int32_t *places = places_.data();
         const int threads = threads_for_ids(misses);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t k = 0; k < misses; ++k) {
-            slots[places[k]] = slots_in[k];
-            table[rows_in[k]].slot_plus_1 = slots_in[k] + 1;
+            const int32_t in = rows_in_[k], slot = slots_in_[k], out = rows_out_[k];
+            if (out >= 0) table[out] = {0, -1};
+            slots[places_[k]] = slot;
+            table[in].slot_plus_1 = slot + 1;
+            moves[3 * k] = in;
+            moves[3 * k + 1] = slot;
+            moves[3 * k + 2] = out;
         }
-        if (listed_ > kListedPerSlot * n_slots_) drop_passed_over();
         return std::make_pair(misses, newest);
     }
 
@@ -155,14 +189,17 @@ class SlotTable {
 
   private:
     struct Free {
-        void operator()(Residence *table) const { std::free(table); }
+        void operator()(void *memory) const { std::free(memory); }
     };
 
     int64_t n_slots_, n_rows_ = 0, in_use_ = 0, last_view_ = -1;
-    int64_t listed_ = 0;  // rows still to come in views_
+    int64_t protected_from_ = std::numeric_limits<int64_t>::min();
     std::unique_ptr<Residence[], Free> table_;
-    std::deque<ViewRows> views_;  // oldest first
-    std::vector<int32_t> places_; // of the misses of the present call, in its ids
+    std::unique_ptr<uint32_t[], Free> ahead_;     // per row: views that are expected to need it
+    std::unique_ptr<uint8_t[], Free> buckets_;    // per row, while slots are chosen
+    std::deque<ViewRows> views_;                  // protected, at the last call; oldest first
+    // Of the misses of the present call: where they are in its ids, and what moves.
+    std::vector<int32_t> places_, rows_in_, slots_in_, rows_out_;
 
     void check_ids(const int32_t *ids, int64_t n) const {
         if (n == 0) return;
@@ -174,6 +211,8 @@ class SlotTable {
     // -1 for a miss; writes the misses to rows_in and where they are in ids to places_.
     int64_t use(const int32_t *ids, int64_t n, int32_t view, int32_t *slots, int32_t *rows_in) {
         Residence *table = table_.get();
+        uint32_t *masks = ahead_.get();
+        const uint32_t done = ~(uint32_t(1) << (view % kAheadBits));
         int32_t *places = places_.data();
         const int parts = threads_for_ids(n);
         std::vector<int64_t> found(parts);
@@ -185,8 +224,9 @@ class SlotTable {
                 if (i + kAhead < end) __builtin_prefetch(table + ids[i + kAhead], 1);
                 Residence &row = table[ids[i]];
                 row.view = view;
+                masks[ids[i]] &= done;
                 slots[i] = row.slot_plus_1 - 1;
-                // Written in any case, which costs less than a branch that is guessed wrong.
+                // Written in any case: that costs less than a branch that is guessed wrong.
                 rows_in[k] = ids[i];
                 places[k] = (int32_t)i;
                 k += row.slot_plus_1 == 0;
@@ -236,64 +276,90 @@ class SlotTable {
         return true;
     }
 
-    // A slot for each miss: empty ones first, then those of the rows that were used longest ago,
-    // which leave. Returns the newest view that used any of these, or -1.
-    int64_t choose_slots(int64_t misses, int32_t *slots_in, int32_t *rows_out) {
-        const int64_t fresh = std::min(misses, n_slots_ - in_use_);
+    // A slot for each miss: empty ones first, then those of the rows that leave, in ascending order
+    // of the rows. Returns the newest view that used any of these, or -1.
+    int64_t choose_slots(int64_t misses, int64_t protect_from, int32_t *slots_in,
+                         int32_t *rows_out) {
+        const int64_t fresh = std::min(misses, n_slots_ - in_use_), leaving = misses - fresh;
         for (int64_t k = 0; k < fresh; ++k) {
             slots_in[k] = (int32_t)(in_use_ + k);
             rows_out[k] = -1;
         }
         in_use_ += fresh;
-        Residence *table = table_.get();
-        int64_t k = fresh, newest = -1;
-        while (k < misses) {
-            ViewRows &oldest = views_.front();
-            const int32_t *rows = oldest.rows.data();
-            const int32_t view = oldest.view;
-            const size_t size = oldest.rows.size(), begin = oldest.next;
-            size_t next = begin;
-            const int64_t before = k;
-            for (; next < size && k < misses; ++next) {
-                if (next + kAhead < size) __builtin_prefetch(table + rows[next + kAhead], 1);
-                Residence &row = table[rows[next]];
-                if (row.view != view) continue;
-                rows_out[k] = rows[next];
-                slots_in[k++] = row.slot_plus_1 - 1;
-                row = {0, -1};
+        if (leaving == 0) return -1;
+        slots_in += fresh;
+        rows_out += fresh;
+
+        if (!buckets_) {
+            buckets_.reset((uint8_t *)std::malloc(n_rows_));
+            if (!buckets_) throw std::bad_alloc();
+        }
+        uint8_t *buckets = buckets_.get();
+        const Residence *table = table_.get();
+        const int parts = threads_for_ids(n_rows_);
+        std::vector<int64_t> counts((size_t)parts * kBuckets, 0);
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+        for (int part = 0; part < parts; ++part) {
+            int64_t in_bucket[kBuckets] = {};
+            const int64_t end = part_start(n_rows_, part + 1, parts);
+            for (int64_t row = part_start(n_rows_, part, parts); row < end; ++row) {
+                buckets[row] = bucket_of(row, protect_from);
+                if (buckets[row] != kStays) ++in_bucket[buckets[row]];
             }
-            if (k > before) newest = view;
-            listed_ -= (int64_t)(next - begin);
-            oldest.next = next;
-            if (next == size) views_.pop_front();
+            std::copy_n(in_bucket, kBuckets, &counts[(size_t)part * kBuckets]);
+        }
+
+        // Everything above bucket `last` leaves, and so many of `last` as are still missing.
+        const auto total = [&](int bucket) {
+            int64_t sum = 0;
+            for (int part = 0; part < parts; ++part) sum += counts[(size_t)part * kBuckets + bucket];
+            return sum;
+        };
+        int last = kBuckets - 1;
+        int64_t above = 0;
+        for (int64_t here = total(last); above + here < leaving; here = total(last)) {
+            above += here;
+            --last;
+        }
+        std::vector<int64_t> starts(parts + 1, 0), quotas(parts);
+        int64_t rest = leaving - above;
+        for (int part = 0; part < parts; ++part) {
+            const int64_t *count = &counts[(size_t)part * kBuckets];
+            quotas[part] = std::min(rest, count[last]);
+            rest -= quotas[part];
+            starts[part + 1] = starts[part] + quotas[part];
+            for (int bucket = last + 1; bucket < kBuckets; ++bucket)
+                starts[part + 1] += count[bucket];
+        }
+        int32_t newest = -1;
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(max : newest)
+        for (int part = 0; part < parts; ++part) {
+            const int64_t end = part_start(n_rows_, part + 1, parts);
+            int64_t k = starts[part], quota = quotas[part];
+            for (int64_t row = part_start(n_rows_, part, parts); row < end; ++row) {
+                const int bucket = buckets[row];
+                if (bucket == kStays || bucket < last || (bucket == last && quota-- <= 0)) continue;
+                rows_out[k] = (int32_t)row;
+                slots_in[k++] = table[row].slot_plus_1 - 1;
+                newest = std::max(newest, table[row].view);
+            }
         }
         return newest;
     }
 
-    // Each resident row counts in one list only, so that what is left is one row per slot in use.
-    void drop_passed_over() {
-        const Residence *table = table_.get();
-        const int64_t n = (int64_t)views_.size();
-        const int threads = threads_for_ids(listed_);
-        int64_t kept = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(+ : kept)
-        for (int64_t i = 0; i < n; ++i) {
-            ViewRows &list = views_[i];
-            int32_t *rows = list.rows.data();
-            size_t to = 0;
-            for (size_t from = list.next; from < list.rows.size(); ++from) {
-                rows[to] = rows[from];
-                to += table[rows[from]].view == list.view;
-            }
-            list.rows.resize(to);
-            list.rows.shrink_to_fit();
-            list.next = 0;
-            kept += (int64_t)to;
-        }
-        listed_ = kept;
-        views_.erase(std::remove_if(views_.begin(), views_.end(),
-                                    [](const ViewRows &list) { return list.rows.empty(); }),
-                     views_.end());
+    uint8_t bucket_of(int64_t row, int64_t protect_from) {
+        const Residence &residence = table_[row];
+        if (residence.slot_plus_1 == 0 || residence.view >= protect_from ||
+            residence.view == last_view_)
+            return kStays;
+        // Bit 0 is the next view. The last two bits are views that have been: a row that was
+        // expected by one and not used after all.
+        const int turn = (int)((last_view_ + 1) % kAheadBits);
+        uint32_t mask = ahead_[row];
+        mask = turn ? mask >> turn | mask << (kAheadBits - turn) : mask;
+        mask &= (uint32_t(1) << kMostAhead) - 1;
+        if (mask) return (uint8_t)__builtin_ctz(mask);
+        return (uint8_t)(32 + std::min<int64_t>(31, last_view_ - residence.view));
     }
 };
 
@@ -301,24 +367,25 @@ class SlotTable {
 
 void bind_slots(nb::module_ &m) {
     nb::class_<SlotTable>(m, "SlotTable",
-                          "Which rows are in the slots of a cache, and which leave it first: exact "
-                          "LRU by view. Calls must come from one thread at a time.")
+                          "Which rows are in the slots of a cache, and which leave it first: those "
+                          "that are needed last. Calls must come from one thread at a time.")
         .def(nb::init<int64_t, int64_t>(), nb::arg("n_slots"), nb::arg("n_rows"))
         .def_prop_ro("n_slots", &SlotTable::n_slots)
         .def_prop_ro("n_rows", &SlotTable::n_rows)
         .def_prop_ro("in_use", &SlotTable::in_use, "Slots that hold a row.")
-        .def_prop_ro("listed", &SlotTable::listed,
-                     "Rows in the lists that order the slots by age: at most 4 per slot.")
+        .def("expect", &SlotTable::expect, nb::arg("ids").noconvert(), nb::arg("view"),
+             "Note that view number `view`, at most 30 after the last one, will need the rows "
+             "`ids` (ascending). A row that it does not use after all counts as needed later on.")
         .def("plan", &SlotTable::plan, nb::arg("ids").noconvert(), nb::arg("view"),
-             nb::arg("protect_from"), nb::arg("slots").noconvert(), nb::arg("rows_in").noconvert(),
-             nb::arg("slots_in").noconvert(), nb::arg("rows_out").noconvert(),
+             nb::arg("protect_from"), nb::arg("slots").noconvert(), nb::arg("moves").noconvert(),
              "Give each row of `ids` (ascending) a slot, slots[i], for view number `view`, higher "
-             "than any before. For the k-th row that was not resident, in ascending order: "
-             "rows_in[k] is the row, slots_in[k] its slot, rows_out[k] the row that leaves it, or "
-             "-1 where it was empty. Rows used longest ago leave first, of one view's in ascending "
-             "order; rows of `ids` or used by a view >= protect_from stay. Returns the number of "
-             "rows that were not resident and the newest view that used any of those that leave, "
-             "or -1; or None, and changes nothing, if the rows do not fit.")
+             "than any before. moves[k] = (row, slot, row that leaves it) tells of the k-th row "
+             "that was not resident, in ascending order of the rows; the row that leaves is "
+             "-1 where it was empty. Rows that no view is known to need leave first, those used "
+             "longest ago before others; then those needed last. Of equals the lower row leaves. "
+             "Rows of `ids` or used by a view >= protect_from, which never goes back, stay. Returns the number of rows "
+             "that were not resident and the newest view that used any of those that leave, or -1; "
+             "or None, and changes nothing, if the rows do not fit.")
         .def("lookup", &SlotTable::lookup, nb::arg("ids").noconvert(), nb::arg("slots").noconvert(),
              "Slots of the rows `ids` (ascending), -1 where not resident; returns the number of "
              "those that are. This is not a use.")

@@ -54,6 +54,9 @@ struct Selection {
 };
 
 GSSCALE_FOR_EACH_ISA(
+    // out[k, c] = values[k, group[c]] for n rows, 0 where group[c] is n_groups.
+    void spread_groups(const double *values, int64_t n, int64_t n_groups, const int32_t *group,
+                       int64_t width, float *out);
     // Row i of the selection goes to out[i].
     void gather_settled(const RowStore &store, const SkipTables &tables, const Selection &rows,
                         float *out);

@@ -55,17 +55,18 @@ class GSScaleDatamanager(FullImageDatamanager):
 
         Both in Nerfstudio's order; the camera is shared between calls and not to be changed.
         """
-        index = self.train_unseen_cameras.pop(0)
-        if not self.train_unseen_cameras:
-            self.train_unseen_cameras = self.sample_train_cameras()
+        (index,) = self.upcoming(1)
+        del self.train_unseen_cameras[0]
         data = self._uploads.take(index, self.cached_train[index])
-        self._uploads.start(self.upcoming, self.cached_train[self.upcoming])
+        (following,) = self.upcoming(1)
+        self._uploads.start(following, self.cached_train[following])
         return self.train_camera(index), data
 
-    @property
-    def upcoming(self) -> int:
-        """Index of the training image that :meth:`next_train` will give next."""
-        return self.train_unseen_cameras[0]
+    def upcoming(self, n: int) -> list[int]:
+        """Indices of the ``n`` training images that :meth:`next_train` will give next."""
+        while len(self.train_unseen_cameras) < n:
+            self.train_unseen_cameras += self.sample_train_cameras()
+        return self.train_unseen_cameras[:n]
 
     def train_camera(self, index: int) -> Cameras:
         """One training camera, [1], on the CPU; its metadata has the image's ``cam_idx``."""

@@ -74,8 +74,9 @@ class GSScaleModel(SplatfactoModel):
         self.seed_points = None
         store.append(seeds, stamp=0)
         store.sort()
-        self.upcoming: Cameras | None = None
-        """The camera that will be trained next, if known: [1], on the CPU. Set before the call."""
+        self.upcoming: list[Cameras] = []
+        """Cameras that will be trained next, as far as known: [1] each, on the CPU. Set it before
+        each training step."""
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
@@ -248,13 +249,13 @@ class GSScaleModel(SplatfactoModel):
 
     def _announce_upcoming(self) -> None:
         """Let the engine prepare the next view, if it is known and will find the same rows."""
-        camera, self.upcoming = self.upcoming, None
+        cameras, self.upcoming = self.upcoming, []
         if (
-            camera is not None
+            cameras
             and self.camera_optimizer.config.mode == "off"
             and not self.strategy.changes_rows(self.step)
         ):
-            self.engine.announce(self._fixed_view(camera, self.step + 1))
+            self.engine.announce([self._fixed_view(camera, self.step + 1) for camera in cameras])
 
     def draw(self, working: WorkingSet, view: View, viewmat: Tensor, depth: bool) -> Rendering:
         """Activate a working set's attributes and rasterize them, cropped outside of training.

@@ -20,7 +20,7 @@ class GSScalePipelineConfig(VanillaPipelineConfig):
 
 
 class GSScalePipeline(VanillaPipeline):
-    """Tells the model which camera comes next.
+    """Tells the model which cameras come next.
 
     Ends with a sentence where a scene, a setting or a checkpoint is wrong.
     """
@@ -38,7 +38,8 @@ class GSScalePipeline(VanillaPipeline):
 
     def get_train_loss_dict(self, step: int) -> Any:
         camera, batch = self.datamanager.next_train(step)
-        self.model.upcoming = self.datamanager.train_camera(self.datamanager.upcoming)
+        upcoming = self.datamanager.upcoming(self.model.engine.look_ahead)
+        self.model.upcoming = [self.datamanager.train_camera(index) for index in upcoming]
         outputs = self.model(camera)
         metrics = self.model.get_metrics_dict(outputs, batch)
         return outputs, self.model.get_loss_dict(outputs, batch, metrics), metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    """Loops over ids are cut into several parts, however many cores there are.
+
+    torch brings an OpenMP library that our kernels then use too, so that its setting is theirs.
+    """
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

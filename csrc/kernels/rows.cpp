@@ -113,6 +113,16 @@ inline int64_t stamp_of(const RowStore &s, const float *w) { return (int64_t)w[s
 
 }  // namespace
 
+void spread_groups(const double *values, int64_t n, int64_t n_groups, const int32_t *group,
+                   int64_t width, float *out) {
+    float of_group[kMaxWidth + 1];
+    of_group[n_groups] = 0.0f;
+    for (int64_t k = 0; k < n; ++k) {
+        for (int64_t g = 0; g < n_groups; ++g) of_group[g] = (float)values[k * n_groups + g];
+        for (int64_t c = 0; c < width; ++c) out[k * width + c] = of_group[group[c]];
+    }
+}
+
 void gather_settled(const RowStore &s, const SkipTables &t, const Selection &rows, float *out) {
     const int64_t width = s.width;
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows.n))

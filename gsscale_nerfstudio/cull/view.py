@@ -198,6 +198,14 @@ class View:
         Rounding to float32 in gsplat and in the culler is allowed for. Not allowed for is float32
         overflow in gsplat, which begins at radii of about 1e9 pixels.
         """
+        planes = self._planes.copy()
+        planes[:, 3] += planes[:, 4] * slack.shift
+        planes[:, 4] *= slack.growth
+        return planes.astype(np.float32)
+
+    @cached_property
+    def _planes(self) -> np.ndarray:
+        """:meth:`planes` without slack, float64."""
         fx, fy, cx, cy = self.K[0, 0], self.K[1, 1], self.K[0, 2], self.K[1, 2]
         # Per axis: border and clamp limit of x / z on the low side, then on the high side.
         margin_x, margin_y = 0.15 * self.width / fx, 0.15 * self.height / fy
@@ -228,9 +236,8 @@ class View:
         length = np.linalg.norm(world, axis=1)
         # A pose that scales would scale the covariance, too.
         reach = np.maximum(growths * np.linalg.norm(rotation, 2), length) * (1 + _RELATIVE_ROUNDING)
-        offsets = normals @ shift + offsets + rounding + reach * slack.shift
-        planes = np.column_stack([world, offsets, reach * slack.growth])
-        return (planes / length[:, None]).astype(np.float32)
+        planes = np.column_stack([world, normals @ shift + offsets + rounding, reach])
+        return planes / length[:, None]
 
 
 def _steepest(border: float, margin: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -178,18 +179,26 @@ class Engine(ABC):
         self._publish({n: p for n, p in self.current.leaves.items() if isinstance(p, Parameter)})
         return self.current
 
-    def announce(self, view: View) -> None:
-        """Say which view :meth:`begin` will be called with next, once this one is stepped.
+    def announce(self, views: Sequence[View]) -> None:
+        """Say which views :meth:`begin` will be called with next, once this one is stepped.
 
         A hint: :meth:`begin` may be called with another view, at the cost of the work done ahead.
+
+        Args:
+            views: in order, at least one; more than :attr:`look_ahead` are no use.
         """
         if self._announced is None:
-            job = self._worker.submit(self._prepare_ahead, view, self.step_count + 1)
-            self._announced = _Announced(view, job)
+            job = self._worker.submit(self._prepare_ahead, views, self.step_count + 1)
+            self._announced = _Announced(views[0], job)
 
-    def _prepare_ahead(self, view: View, step: int) -> Any:
+    @property
+    def look_ahead(self) -> int:
+        """How many of the coming views it pays to know."""
+        return 1
+
+    def _prepare_ahead(self, views: Sequence[View], step: int) -> Any:
         Stress.delay()
-        return self._prepare(view, step)
+        return self._prepare(views[0], step)
 
     def _wait_for_worker(self) -> None:
         """Make sure that the worker is at rest; what it has prepared stays."""

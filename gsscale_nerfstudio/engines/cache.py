@@ -67,9 +67,11 @@ class RowCache:
             torch.empty(slots, width, device=device) for _ in range(3)
         )
         self.table = _C.SlotTable(slots, len(store))
+        self._free_slots = slots
         self._link = SideStream(device)
         self._lists = [
-            [Staging(slots, 0, device, torch.int32) for _ in range(4)] for _ in range(_RING)
+            (Staging(slots, 0, device, torch.int32), Staging(slots, 3, device, torch.int32))
+            for _ in range(_RING)
         ]
 
     def __len__(self) -> int:
@@ -91,25 +93,15 @@ class RowCache:
         if n > len(self):
             return None
         lists = self._lists[view % _RING]
-        slots, rows_in, slots_in, rows_out = (staging.rows(n) for staging in lists)
-        plan = self.table.plan(
-            ids.numpy(),
-            view,
-            keep_from,
-            slots.numpy(),
-            rows_in.numpy(),
-            slots_in.numpy(),
-            rows_out.numpy(),
-        )
+        slots, moves = (staging.rows(n) for staging in lists)
+        plan = self.table.plan(ids.numpy(), view, keep_from, slots.numpy(), moves.numpy())
         if plan is None:
             return None
         missed, newest = plan
         # A row that leaves must have been stepped, and its slot must not be overwritten before.
         with self._link.active(after=stepped if newest >= 0 else None):
-            on_device = torch.empty(n, dtype=torch.int32, device=self.device)
-            on_device.copy_(slots, non_blocking=True)
-            if missed:
-                self._exchange(slots_in[:missed], rows_in[:missed], rows_out[:missed])
+            on_device = self._on_device(slots)
+            self._exchange(moves[:missed])
             ready = self._link.mark()
         for staging in lists:
             staging.used_until(ready)
@@ -117,8 +109,17 @@ class RowCache:
             # The allocator must not give the memory to the link's stream while kernels of the
             # current stream still read it.
             on_device.record_stream(torch.cuda.default_stream(self.device))
-        written = int((rows_out[:missed] >= 0).sum()) if newest >= 0 else 0
+        # Empty slots are filled before any row leaves.
+        written = missed - max(0, min(missed, self._free_slots)) if newest >= 0 else 0
+        self._free_slots = len(self) - self.table.in_use
         return Admission(on_device, ready, missed, written)
+
+    def expect(self, ids: Tensor, view: int) -> None:
+        """Let the rows ``ids`` (as for :meth:`admit`) stay for view number ``view``, if they can.
+
+        Views up to 30 after the last admitted one can be told.
+        """
+        self.table.expect(ids.numpy(), view)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Slots [n] int32 of the rows ``ids`` on the device, -1 for those that are not resident."""
@@ -136,13 +137,14 @@ class RowCache:
         slots = torch.empty_like(rows)
         self.table.residents(rows.numpy(), slots.numpy())
         with self._link.active(after=stepped):
-            self._exchange(slots, torch.full_like(rows, -1), rows)
+            self._exchange(torch.stack([torch.full_like(rows, -1), slots, rows], dim=1))
             wait(self._link.mark())
 
     def forget(self) -> None:
         """Drop all rows, without writing them back: the host's are the valid ones now."""
         wait(self._link.mark())
         self.table.clear(len(self.store))
+        self._free_slots = len(self)
 
     def gather(
         self, slots: Tensor, tables: DeviceTables, rows: Tensor | None = None
@@ -241,17 +243,21 @@ class RowCache:
             "ROWS": TILE,
         }
 
-    def _exchange(self, slots: Tensor, rows_in: Tensor, rows_out: Tensor) -> None:
-        """Queue the exchange of rows with the host store on the current stream."""
-        n, width = len(slots), self.store.layout.width
+    def _on_device(self, staged: Tensor) -> Tensor:
+        """A copy on the device, which may still be under way on the current stream."""
+        copy = torch.empty(staged.shape, dtype=staged.dtype, device=self.device)
+        return copy.copy_(staged, non_blocking=True)
+
+    def _exchange(self, moves: Tensor) -> None:
+        """Queue ``moves`` (see :func:`.kernels.exchange_rows`) on the current stream."""
+        n, width = len(moves), self.store.layout.width
         if n == 0:
             return
-        lists = [part.to(self.device, non_blocking=True) for part in (slots, rows_in, rows_out)]
         with LAUNCH:
             exchange_rows[(min(LINK_PROGRAMS, triton.cdiv(n, LINK_TILE)),)](
                 *self._host_arrays,
                 *self._arrays,
-                *lists,
+                self._on_device(moves),
                 n,
                 WIDTH=width,
                 COLUMNS=triton.next_power_of_2(width),

@@ -40,15 +40,14 @@ def exchange_rows(
     cache_w,
     cache_m,
     cache_v,
-    slots,
-    rows_in,
-    rows_out,
+    moves,
     n,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Per slot: write the row that leaves to the host, then read the one that comes; -1 is none."""
+    """For each of ``moves`` [n, 3], (row that comes, slot, row that leaves it), with -1 for none:
+    write the row that leaves to the host, then read the one that comes."""
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < WIDTH
     # Few programs walk through all slots: the link is saturated by some dozen of them, and the
@@ -57,9 +56,9 @@ def exchange_rows(
     while start < n:
         i = start + tl.arange(0, ROWS)
         live = i < n
-        slot = tl.load(slots + i, mask=live, other=0).to(tl.int64)
-        coming = tl.load(rows_in + i, mask=live, other=-1).to(tl.int64)
-        leaving = tl.load(rows_out + i, mask=live, other=-1).to(tl.int64)
+        coming = tl.load(moves + 3 * i, mask=live, other=-1).to(tl.int64)
+        slot = tl.load(moves + 3 * i + 1, mask=live, other=0).to(tl.int64)
+        leaving = tl.load(moves + 3 * i + 2, mask=live, other=-1).to(tl.int64)
         cached = slot[:, None] * WIDTH + column
         source = coming[:, None] * WIDTH + column
         target = leaving[:, None] * WIDTH + column

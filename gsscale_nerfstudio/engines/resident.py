@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore
+
+LOOK_AHEAD = 16
+"""Views after the next one that the cache is told of. On a tiled aerial scene, with a cache of 30 %
+of the rows, 67 % of a view's rows miss when the least recently used ones leave; with 8 views known
+it is 45 %, with 16 it is 44 %."""
 
 if TYPE_CHECKING:  # its kernels need Triton, which a machine without a GPU can do without
     from gsscale_nerfstudio.engines.cache import Admission, RowCache
@@ -100,6 +106,7 @@ class ResidentEngine(HostEngine):
         self._prepared_views = 0
         self._current: _Prepared | None = None
         self._rows_done: Mark = None
+        self._expected: dict[int, View] = {}  # by number: views that the cache was told of
         self._warned = False
         self._view_rows = 0  # rows of a view that the cache was made for
 
@@ -121,6 +128,26 @@ class ResidentEngine(HostEngine):
             admission = self._cache.admit(ids, prepared.number, keep_from, self._rows_done)
             return replace(prepared, admission=admission)
         return prepared
+
+    @property
+    def look_ahead(self) -> int:
+        return 1 + LOOK_AHEAD
+
+    def _prepare_ahead(self, views: Sequence[View], step: int) -> Any:
+        prepared = super()._prepare_ahead(views, step)
+        if self._caching and self._cache is not None and prepared.admission is not None:
+            self._expect(self._cache, prepared.number, views[1 : self.look_ahead], step)
+        return prepared
+
+    def _expect(self, cache: RowCache, number: int, views: Sequence[View], step: int) -> None:
+        """Tell the cache of views that follow view ``number``, each of them once."""
+        if len(cache) >= len(self.store):
+            return  # no row ever has to leave
+        for later, view in enumerate(views, number + 1):
+            if self._expected.get(later) is not view:
+                self._expected[later] = view
+                cache.expect(self._cull(view, step), later)
+        self._expected.pop(number, None)
 
     def _bring(self, prepared: Any) -> WorkingSet:
         if not self._caching:
@@ -151,10 +178,9 @@ class ResidentEngine(HostEngine):
             self._resize_cache(n, prepared.pixels)
         if self._cache is None:
             return prepared
-        self._prepared_views += 1
-        number = self._prepared_views
+        number = prepared.number  # the cache has not seen it: nothing was admitted
         admission = self._cache.admit(prepared.ids, number, number, self._rows_done)
-        return replace(prepared, number=number, admission=admission)
+        return replace(prepared, admission=admission)
 
     def _resize_cache(self, n: int, pixels: int) -> None:
         """Make a cache that has room for views like one of ``n`` rows, as large as it may be."""
@@ -178,6 +204,7 @@ class ResidentEngine(HostEngine):
 
     def _drop_cache(self) -> None:
         self._cache = None
+        self._expected.clear()
         if self.device.type == "cuda":
             # The next one has another size; its memory must not come on top of this one's.
             torch.cuda.empty_cache()
@@ -285,6 +312,7 @@ class ResidentEngine(HostEngine):
         if self._caching and self._cache is not None:
             if min(len(self.store), self._cache_limit) <= len(self._cache):
                 self._cache.forget()
+                self._expected.clear()
             else:
                 self._drop_cache()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,17 @@ _NEGLIGIBLE = 1e-12
 """Skipped terms smaller than this share of the first one are dropped (float32 holds 6e-8)."""
 
 _LONGEST_HORIZON = 4096
+
+
+@dataclass
+class _Moment:
+    """The history after some step; what earlier steps leave behind for good is kept elsewhere."""
+
+    step: int
+    lr: np.ndarray
+    skip: np.ndarray
+    lr_bound: np.ndarray
+    tables: _C.SkipTables | None = None
 
 
 class AdamHistory:
@@ -84,8 +96,10 @@ class AdamHistory:
         self._eps = np.append([eps[name] for name in GROUPS], 1.0)[of].astype(np.float32)
         # sup of a_i / lr_i: the first step's value, or 1 in the limit.
         self._peak = max(1.0, math.sqrt(1 - self.beta2) / (1 - self.beta1))
-        self._lr_bound = np.array([lr[name] for name in GROUPS])
+        self._lr_bound = np.array([lr[name] for name in GROUPS], dtype=np.float64)
+        self._reach: tuple[np.ndarray, np.ndarray] | None = None
         self._tables: _C.SkipTables | None = None
+        self._next: _Moment | None = None
 
     def _eps_factor(self, step: int) -> float:
         return math.sqrt((1 - self.beta2 ** (step + 1)) / self.beta2)
@@ -100,29 +114,50 @@ class AdamHistory:
             True if a learning rate has outgrown the bound that the rows' spheres were computed
             with, so that they must be refreshed (:meth:`rebound`) before the next culling.
         """
-        self.step += 1
-        t = self.step
+        after = self._after(lr)
+        outgrown = after.lr_bound is not self._lr_bound
+        self.step, self._skip, self._lr_bound = after.step, after.skip, after.lr_bound
+        self._tables, self._next = after.tables, None
+        return outgrown
+
+    def ahead(self, lr: np.ndarray) -> _C.SkipTables:
+        """:attr:`tables` as they will be after ``advance(lr)``, which may follow or not.
+
+        The next view's rows can be settled with them before the present step is recorded.
+        """
+        after = self._after(lr)
+        if after.tables is None:
+            after.tables = self._make_tables(after.step, after.skip, self._reach_of(after.lr_bound))
+        return after.tables
+
+    def _after(self, lr: np.ndarray) -> _Moment:
+        if self._next is not None and np.array_equal(self._next.lr, lr):
+            return self._next
+        t = self.step + 1
         if t >= len(self._tail):
             self._tail = np.concatenate([self._tail, np.zeros_like(self._tail)])
             self._eps_scale = np.concatenate([self._eps_scale, np.zeros_like(self._eps_scale)])
+        # Tables of earlier steps share these two arrays but read neither entry, and both are the
+        # same whatever `lr` is: they can be written before the step is taken.
         if t > self.horizon:
             self._tail[t - 1 - self.horizon] = self._skip[-1]
-        a = lr * math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
-        self._skip[1:] = self._skip[:-1] + self._power[1:, None] * a
         self._eps_scale[t] = self._eps_factor(t)
-        self._tables = None
+        a = lr * math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
+        skip = np.zeros_like(self._skip)
+        np.multiply(self._power[1:, None], a, out=skip[1:])
+        skip[1:] += self._skip[:-1]
         # Schedulers compute the initial rate with rounding; bounds have 1 % of room.
-        outgrown = lr > 1.001 * self._lr_bound
+        lr_bound, outgrown = self._lr_bound, lr > 1.001 * self._lr_bound
         if outgrown.any():
             # Room to grow, or a warm-up would force a refresh at every step.
-            self._lr_bound = np.where(outgrown, 2 * lr, self._lr_bound)
-            return True
-        return False
+            lr_bound = np.where(outgrown, 2 * lr, lr_bound)
+        self._next = _Moment(t, np.array(lr), skip, lr_bound)
+        return self._next
 
     def rebound(self, lr: np.ndarray) -> None:
         """Bound future motion by the learning rates ``lr``; all spheres must be refreshed."""
         self._lr_bound = np.array(lr, dtype=np.float64)
-        self._tables = None
+        self._tables = self._next = None
 
     @property
     def skip(self) -> np.ndarray:
@@ -157,39 +192,48 @@ class AdamHistory:
     @property
     def reach(self) -> np.ndarray:
         """[width] float32: bound of S(step, infinity) of each column."""
-        ratio = self.beta1 / math.sqrt(self.beta2)
-        per_group = 1.01 * self._lr_bound * self._peak * ratio / (1 - ratio)
-        return np.append(per_group, 0.0)[self._group].astype(np.float32)
+        return self._reach_of(self._lr_bound)
+
+    def _reach_of(self, lr_bound: np.ndarray) -> np.ndarray:
+        # Bounds seldom change, and are then new arrays.
+        if self._reach is None or self._reach[0] is not lr_bound:
+            ratio = self.beta1 / math.sqrt(self.beta2)
+            per_group = 1.01 * lr_bound * self._peak * ratio / (1 - ratio)
+            reach = np.append(per_group, 0.0)[self._group].astype(np.float32)
+            self._reach = lr_bound, reach
+        return self._reach[1]
 
     @property
     def tables(self) -> _C.SkipTables:
         """The kernels' view of this history at the present step."""
         if self._tables is None:
-            skip = np.append(self._skip, np.zeros((self.horizon + 1, 1)), axis=1)
-            self._tables = _C.SkipTables(
-                step=self.step,
-                skip=np.ascontiguousarray(skip[:, self._group], dtype=np.float32),
-                tail=self._tail,
-                eps_scale=self._eps_scale,
-                decay1=self._decay1,
-                decay2=self._decay2,
-                eps=self._eps,
-                reach=self.reach,
-                group=self._group,
-                beta1=self.beta1,
-                beta2=self.beta2,
-            )
+            self._tables = self._make_tables(self.step, self._skip, self.reach)
         return self._tables
+
+    def _make_tables(self, step: int, skip: np.ndarray, reach: np.ndarray) -> _C.SkipTables:
+        return _C.SkipTables(
+            step=step,
+            skip=skip,
+            tail=self._tail,
+            eps_scale=self._eps_scale,
+            decay1=self._decay1,
+            decay2=self._decay2,
+            eps=self._eps,
+            reach=reach,
+            group=self._group,
+            beta1=self.beta1,
+            beta2=self.beta2,
+        )
 
     def restart(self, step: int) -> None:
         """Continue from ``step`` with every row current for it (a loaded checkpoint)."""
         self.step = step
         size = max(1024, 1 << (step + 1).bit_length())
-        self._skip[:] = 0
+        self._skip = np.zeros_like(self._skip)
         self._tail = np.zeros((size, len(GROUPS)), dtype=np.float32)
         self._eps_scale = np.zeros(size, dtype=np.float32)
         self._eps_scale[step] = self._eps_factor(step)
-        self._tables = None
+        self._tables = self._next = None
 
 
 def _horizon(ratio: float) -> int:

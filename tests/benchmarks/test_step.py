@@ -166,12 +166,12 @@ def test_views_come_in_epochs_and_know_the_next():
     order = step_meter.view_order(5, seed=1)
     pairs = list(itertools.islice(order, 20))
     views = [view for view, _ in pairs]
-    assert [upcoming for _, upcoming in pairs[:-1]] == views[1:]
+    assert [upcoming[0] for _, upcoming in pairs[:-1]] == views[1:]
     epochs = [views[i : i + 5] for i in range(0, 20, 5)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert list(itertools.islice(step_meter.view_order(5, seed=1), 20)) == pairs
-    assert next(step_meter.view_order(1, seed=0)) == (0, 0)
+    assert next(step_meter.view_order(1, seed=0)) == (0, [0] * step_meter.UPCOMING)
 
 
 def test_overlapping_work_counts_once():

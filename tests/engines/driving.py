@@ -121,7 +121,7 @@ def drive(
         drawn = in_view(means, view)
         seen.append(working.ids[drawn].clone())
         if announce(step):
-            engine.announce(views[(step + 1) * 5 % len(views)])
+            engine.announce([views[(step + k) * 5 % len(views)] for k in range(1, 9)])
         for leaf in working.leaves.values():
             shape = (-1, *[1] * (leaf.dim() - 1))
             leaf.grad = gradient(leaf.detach(), step) * drawn.to(engine.device).view(shape)

@@ -77,7 +77,7 @@ def test_renders_and_wrong_announcements_do_not_disturb(device):
         if chance.random() < 0.2:
             watched.settle()
         if chance.random() < 0.2:
-            watched.announce(chance.choice(views))  # not what comes next
+            watched.announce([chance.choice(views)])  # not what comes next
 
     drive(watched, 60, before_step=look)
     plain.settle()

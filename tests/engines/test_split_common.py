@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gsscale_nerfstudio import _C
@@ -44,7 +44,10 @@ def test_equals_numpy(a, b, shared):
     check(np.array(sorted(a), dtype=np.int32), np.array(sorted(b), dtype=np.int32))
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.usefixtures("four_threads")
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     sizes=st.tuples(*[st.integers(0, 500_000)] * 2),
     spread=st.sampled_from([1, 3, 50, 3000]),
@@ -60,14 +63,14 @@ def test_equals_numpy_where_several_threads_work(sizes, spread, seed):
     check(a, b)
 
 
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("first", [0, 2**31 - 300_000])
 def test_the_same_apart_and_inside_one_another(first):
     everything = np.arange(first, first + 300_000, dtype=np.int64).astype(np.int32)
     none = everything[:0]
     for a in (everything, everything[::2], everything[100_000:100_500], everything[:1], none):
-        for b in (everything, everything[1::2], everything[-1:], none):
+        for b in (everything, everything[1::2], everything[99_990:100_010], everything[-1:], none):
             check(a, b)
-            check(b, a)
 
 
 @pytest.mark.parametrize("bad", [[3, 3], [5, 4], [0, 1, 9, 8]])

@@ -158,3 +158,140 @@ def test_betas_that_cannot_be_deferred_are_refused(betas):
 def test_eps_zero_is_refused():
     with pytest.raises(GSScaleError, match="eps"):
         make_history(0.0)
+
+
+def everything_kernels_read(tables: _C.SkipTables) -> list[np.ndarray]:
+    """What the tables do to rows of every stamp: gathered, settled, bounded."""
+    n = tables.step + 1
+    rng = np.random.default_rng(n)
+    store = HostStore(LAYOUT, max_rows=n)
+    store.resize(n)
+    used = LAYOUT.optimized
+    store.params.numpy()[:n, :used] = rng.normal(size=(n, used))
+    store.exp_avg.numpy()[:n, :used] = rng.normal(size=(n, used))
+    store.exp_avg_sq.numpy()[:n, :used] = rng.random((n, used)) * 1e-12
+    store.bookkeeping("stamp").numpy()[:] = np.arange(n)
+    gathered = np.empty((n, LAYOUT.width), dtype=np.float32)
+    _C.gather_settled(store.kernel_rows, tables, np.arange(n, dtype=np.int32), gathered)
+    _C.refresh_spheres(store.kernel_rows, tables, 0, n)
+    _C.settle_range(store.kernel_rows, tables, 0, n)
+    arrays = (store.params, store.exp_avg, store.exp_avg_sq, store.spheres)
+    return [gathered] + [array.numpy()[:n].copy() for array in arrays]
+
+
+def assert_same(some: list[np.ndarray], others: list[np.ndarray]) -> None:
+    for one, other in zip(some, others, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    # Before and beyond the horizon, and where the arrays grow.
+    start=st.sampled_from([0, 1, 263, 264, 265, 266, 700, 1022, 1023, 2047]),
+    data=st.data(),
+)
+def test_ahead_equals_advance(start, data):
+    """Whether looked ahead or not, with whatever rates, the history and its tables are the same."""
+    looking, plain = make_history(1e-8), make_history(1e-8)
+    for step in range(start):
+        lr = np.linspace(0.5, 1, len(GROUPS)) * 0.999**step
+        looking.advance(lr)
+        plain.advance(lr)
+    rates = st.lists(st.floats(0, 3), min_size=len(GROUPS), max_size=len(GROUPS)).map(np.array)
+    before = looking.tables
+    did_before = everything_kernels_read(before)
+    for _ in range(3):
+        lr = data.draw(rates)
+        ahead = [looking.ahead(other) for other in data.draw(st.lists(rates, max_size=2))]
+        ahead.append(looking.ahead(lr))
+        # Nothing has happened yet.
+        assert_same(everything_kernels_read(looking.tables), everything_kernels_read(plain.tables))
+        assert looking.advance(lr) == plain.advance(lr)
+        expected = everything_kernels_read(plain.tables)
+        assert ahead[-1].step == looking.step == plain.step == plain.tables.step
+        assert_same(everything_kernels_read(ahead[-1]), expected)
+        assert_same(everything_kernels_read(looking.tables), expected)
+        np.testing.assert_array_equal(looking.reach, plain.reach)
+    assert_same(everything_kernels_read(before), did_before)
+
+
+def test_tables_in_use_do_not_see_later_steps():
+    history = make_history(1e-8)
+    for _ in range(history.horizon + 50):
+        history.advance(np.full(len(GROUPS), 0.5))
+    tables, ahead = history.tables, history.ahead(np.full(len(GROUPS), 0.7))
+    did, will = everything_kernels_read(tables), everything_kernels_read(ahead)
+    for step in range(1200):
+        history.advance(np.full(len(GROUPS), 0.7 if step == 0 else 0.1))
+    assert_same(everything_kernels_read(tables), did)
+    assert_same(everything_kernels_read(ahead), will)
+
+
+def test_looking_ahead_is_forgotten_where_the_history_is_changed():
+    lr = np.full(len(GROUPS), 0.5)
+    for change in (lambda h: h.rebound(lr / 2), lambda h: h.restart(900)):
+        looking, plain = make_history(1e-8), make_history(1e-8)
+        for history in (looking, plain):
+            for _ in range(10):
+                history.advance(lr)
+        looking.ahead(lr)
+        for history in (looking, plain):
+            change(history)
+            history.advance(lr)
+        assert looking.step == plain.step
+        assert_same(everything_kernels_read(looking.tables), everything_kernels_read(plain.tables))
+
+
+def test_rates_changed_in_place_are_new_rates():
+    """A caller may keep one array for the learning rates and write to it."""
+    lr = np.full(len(GROUPS), 0.5)
+    looking, plain = make_history(1e-8), make_history(1e-8)
+    looking.ahead(lr)
+    lr *= 0.5
+    looking.advance(lr)
+    plain.advance(lr)
+    assert_same(everything_kernels_read(looking.tables), everything_kernels_read(plain.tables))
+
+
+def test_tables_that_do_not_fit_together_are_refused():
+    """Kernels index by what these arrays say, so none of it is taken on trust."""
+    history = make_history(1e-8)
+    for _ in range(history.horizon + 50):
+        history.advance(np.full(len(GROUPS), 0.5))
+    good = {
+        "step": history.step,
+        "skip": history._skip,
+        "tail": history._tail,
+        "eps_scale": history._eps_scale,
+        "decay1": history._decay1,
+        "decay2": history._decay2,
+        "eps": history._eps,
+        "reach": history.reach,
+        "group": history._group,
+        "beta1": 0.9,
+        "beta2": 0.999,
+    }
+    assert_same(
+        everything_kernels_read(_C.SkipTables(**good)), everything_kernels_read(history.tables)
+    )
+    beyond, below = history._group.copy(), history._group.copy()
+    beyond[-1], below[0] = len(GROUPS) + 1, -1
+    bad: list[dict] = [
+        {"step": -1},
+        {"skip": history._skip[:, :-1].copy()},
+        {"skip": history._skip[:-1]},
+        {"tail": history._tail[:49]},
+        {"eps_scale": history._eps_scale[: history.step]},
+        {"decay1": history._decay1[1:]},
+        {"decay2": history._decay2[1:]},
+        {"eps": history._eps[1:]},
+        {"reach": history.reach[1:]},
+        {"group": beyond},
+        {"group": below},
+        {"group": np.repeat(history._group, 9)},
+    ]
+    for change in bad:
+        with pytest.raises(ValueError):
+            _C.SkipTables(**{**good, **change})
+    with pytest.raises(TypeError):
+        _C.SkipTables(**{**good, "skip": history._skip.astype(np.float32)})
