@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,9 +39,8 @@ class Engine(ABC):
     known), backward, one ``step()`` of each group's optimizer; the last of them makes the engine
     take the gradients and step the rows.
 
-    What an announced view needs is prepared by one worker thread while the device works. The
-    worker runs from ``announce`` until the next call of any method of the engine waits for it, so
-    there are never two of them at the store or the culler.
+    What announced views need is prepared by one worker thread while the device works. Whoever
+    touches the store or the culler on the main thread waits for the worker first.
 
     Args:
         store: the rows.
@@ -63,7 +62,7 @@ class Engine(ABC):
         self._settled = True
         self._bounds_step = 0  # spheres know of the steps up to this one
         self._worker = ThreadPoolExecutor(1, "gsscale-engine")
-        self._announced: _Announced | None = None
+        self._announced: deque[_Announced] = deque()
         # The present leaves, and the lists handed out by parameters(): Nerfstudio clips the
         # gradients of what these lists hold.
         self.leaves = {name: self._placeholder(name) for name in GROUPS}
@@ -171,9 +170,11 @@ class Engine(ABC):
         # The last view's leaves and gradients go first, or both would be on the device at once.
         self.current = None
         self._publish({name: self._placeholder(name) for name in GROUPS})
-        announced, self._announced = self._announced, None
-        prepared = announced.prepared.result() if announced is not None else None
-        if announced is None or not announced.view.same_as(view):
+        announced = self._announced.popleft() if self._announced else None
+        if announced is not None and announced.view.same_as(view):
+            prepared = announced.prepared.result()
+        else:
+            self._forget_announced()
             prepared = self._prepare(view, self.step_count)
         self.current = self._bring(prepared)
         self._publish({n: p for n, p in self.current.leaves.items() if isinstance(p, Parameter)})
@@ -187,9 +188,15 @@ class Engine(ABC):
         Args:
             views: in order, at least one; more than :attr:`look_ahead` are no use.
         """
-        if self._announced is None:
-            job = self._worker.submit(self._prepare_ahead, views, self.step_count + 1)
-            self._announced = _Announced(views[0], job)
+        for i in range(len(self._announced), min(self.prepared_ahead, len(views))):
+            step = self.step_count + 1 + i
+            job = self._worker.submit(self._prepare_ahead, views[i:], step)
+            self._announced.append(_Announced(views[i], job))
+
+    @property
+    def prepared_ahead(self) -> int:
+        """How many of the coming views are prepared at a time."""
+        return 1
 
     @property
     def look_ahead(self) -> int:
@@ -202,13 +209,13 @@ class Engine(ABC):
 
     def _wait_for_worker(self) -> None:
         """Make sure that the worker is at rest; what it has prepared stays."""
-        if self._announced is not None:
-            self._announced.prepared.result()
+        for announced in self._announced:
+            announced.prepared.result()
 
     def _forget_announced(self) -> None:
         """Wait for the worker and drop what it has prepared, because rows are about to change."""
         self._wait_for_worker()
-        self._announced = None
+        self._announced.clear()
 
     def fetch(self, view: View) -> WorkingSet:
         """Bring the settled rows that ``view`` may see to the device, to render them only.
@@ -226,7 +233,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _prepare(self, view: View, step: int) -> Any:
-        """Whatever can be done for ``view`` before the last of ``step`` steps is done.
+        """Whatever can be done for ``view`` before all of ``step`` steps are done.
 
         Called by the worker while a step is under way, or by :meth:`begin`.
         """

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-_VIEW_ROW_BYTES = 1000
+_VIEW_ROW_BYTES = 800
 """Device memory of a row while its view is trained, beside its place in the cache: leaves and
 their gradients (472 bytes at SH degree 3), projection, sorting, their gradients."""
 
-_PIXEL_BYTES = 160
+_PIXEL_BYTES = 130
 """Per pixel: the rendered and the true image, the loss and its derivatives, rasterization."""
 
-_CONTEXT_BYTES = 700 << 20
+_CONTEXT_BYTES = 600 << 20
 """What CUDA, its libraries and compiled kernels take outside of torch's allocator."""
 
 _HEADROOM = 0.9

@@ -88,6 +88,8 @@ class ResidentEngine(HostEngine):
         self.required = required
         self._caching = False
         self._cache: RowCache | None = None
+        self._blocked = False  # an announced view was not admitted
+        self._depth = 2
         super().__init__(store, device)
 
     def _start_training(self) -> None:
@@ -122,21 +124,38 @@ class ResidentEngine(HostEngine):
         self.counters["cull_s"] += time.perf_counter() - start
         self._prepared_views += 1
         prepared = _Prepared(ids, self._prepared_views, view.width * view.height, None)
-        # A cache of another size is not made while rows of this one are being stepped.
-        if self._cache is not None and len(ids) <= self._view_rows:
+        # A cache of another size is not made while rows of this one are being stepped, and views
+        # are admitted in their order, or an earlier one's rows would not be kept for it.
+        fits = self._cache is not None and len(ids) <= self._view_rows
+        if fits and not (ahead and self._blocked):
+            # Read in this order: rows that have become free to leave are done by that mark.
             keep_from = self._current.number if ahead and self._current else prepared.number
-            admission = self._cache.admit(ids, prepared.number, keep_from, self._rows_done)
-            return replace(prepared, admission=admission)
+            done = self._rows_done
+            assert self._cache is not None
+            admission = self._cache.admit(ids, prepared.number, keep_from, done)
+            prepared = replace(prepared, admission=admission)
+        self._blocked |= ahead and prepared.admission is None
         return prepared
+
+    def _forget_announced(self) -> None:
+        super()._forget_announced()
+        self._blocked = False
+
+    @property
+    def prepared_ahead(self) -> int:
+        # Two, so that the link goes on with the second one's rows when it has done the first's.
+        return self._depth if self._caching else super().prepared_ahead
 
     @property
     def look_ahead(self) -> int:
-        return 1 + LOOK_AHEAD
+        return self.prepared_ahead + LOOK_AHEAD
 
     def _prepare_ahead(self, views: Sequence[View], step: int) -> Any:
+        start = time.perf_counter()
         prepared = super()._prepare_ahead(views, step)
         if self._caching and self._cache is not None and prepared.admission is not None:
-            self._expect(self._cache, prepared.number, views[1 : self.look_ahead], step)
+            self._expect(self._cache, prepared.number, views[1 : 1 + LOOK_AHEAD], step)
+        self.counters["prepare_s"] += time.perf_counter() - start
         return prepared
 
     def _expect(self, cache: RowCache, number: int, views: Sequence[View], step: int) -> None:
@@ -167,13 +186,17 @@ class ResidentEngine(HostEngine):
 
     def _make_room(self, prepared: _Prepared) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""
+        self._forget_announced()  # none of the views after this one was admitted
         n = len(prepared.ids)
         if self._cache is not None and n <= self._view_rows:
-            self._warn_once(
-                "two consecutive views do not fit into the GPU memory budget together; rows are "
-                "brought in between steps, which is slower. Raise --pipeline.model.vram-budget-gb "
-                "if the GPU has more memory."
-            )
+            if self._depth > 1:
+                self._depth -= 1
+            else:
+                self._warn_once(
+                    "two consecutive views do not fit into the GPU memory budget together; rows "
+                    "are brought in between steps, which is slower. Raise "
+                    "--pipeline.model.vram-budget-gb if the GPU has more memory."
+                )
         else:
             self._resize_cache(n, prepared.pixels)
         if self._cache is None:
@@ -187,6 +210,7 @@ class ResidentEngine(HostEngine):
         if self._cache is not None:
             self._cache.write_back(self._rows_done)
             self._drop_cache()
+        self._depth = 2
         # Views differ; a larger one than expected costs a new cache.
         self._view_rows = max(self._view_rows, n + n // 4)
         row_bytes = 3 * self.store.layout.width * 4
@@ -242,9 +266,9 @@ class ResidentEngine(HostEngine):
         ids = self._cull(view, self.step_count)
         if self._cache is None:
             return self._send(ids, training=False)
-        if self._announced is not None:
+        for announced in self._announced:
             # Rows may still be on their way, in either direction.
-            prepared = self._announced.prepared.result()
+            prepared = announced.prepared.result()
             if prepared.admission is not None:
                 wait_in_stream(prepared.admission.ready, self.device)
         rows = ids.to(self.device)
