@@ -170,12 +170,14 @@ class Engine(ABC):
         # The last view's leaves and gradients go first, or both would be on the device at once.
         self.current = None
         self._publish({name: self._placeholder(name) for name in GROUPS})
-        announced = self._announced.popleft() if self._announced else None
+        announced = self._announced[0] if self._announced else None
         if announced is not None and announced.view.same_as(view):
             prepared = announced.prepared.result()
+            self._announced.popleft()
         else:
             self._forget_announced()
-            prepared = self._prepare(view, self.step_count)
+            self._finish_step()
+            prepared = self._prepare(view, self.step_count, ahead=False)
         self.current = self._bring(prepared)
         self._publish({n: p for n, p in self.current.leaves.items() if isinstance(p, Parameter)})
         return self.current
@@ -205,12 +207,18 @@ class Engine(ABC):
 
     def _prepare_ahead(self, views: Sequence[View], step: int) -> Any:
         Stress.delay()
-        return self._prepare(views[0], step)
+        return self._prepare(views[0], step, ahead=True)
 
     def _wait_for_worker(self) -> None:
         """Make sure that the worker is at rest; what it has prepared stays."""
         for announced in self._announced:
             announced.prepared.result()
+
+    def _finish_step(self) -> None:  # noqa: B027
+        """Bring the store up to date with the last step, if some of it was put off.
+
+        The worker is at rest, and what it has prepared stays.
+        """
 
     def _forget_announced(self) -> None:
         """Wait for the worker and drop what it has prepared, because rows are about to change."""
@@ -223,6 +231,7 @@ class Engine(ABC):
         Leaves the rows, a training step under way and an announced view as they are.
         """
         self._wait_for_worker()
+        self._finish_step()
         return self._fetch(view)
 
     def _cull(self, view: View, step: int) -> Tensor:
@@ -232,10 +241,10 @@ class Engine(ABC):
         return self.culler.cull(view, len(self.store), slack=slack)
 
     @abstractmethod
-    def _prepare(self, view: View, step: int) -> Any:
+    def _prepare(self, view: View, step: int, ahead: bool) -> Any:
         """Whatever can be done for ``view`` before all of ``step`` steps are done.
 
-        Called by the worker while a step is under way, or by :meth:`begin`.
+        Called by the worker while a step is under way (``ahead``), or by :meth:`begin`.
         """
 
     @abstractmethod
@@ -253,6 +262,7 @@ class Engine(ABC):
     def settle(self) -> None:
         """Make every row in the store current, parameters and moments."""
         self._wait_for_worker()
+        self._finish_step()
         if not self._settled:
             self._settle()
             self._settled = True

@@ -22,7 +22,7 @@ from gsscale_nerfstudio.engines.kernels import (
 )
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
-from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes
+from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, row_gradients
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore
 
@@ -192,7 +192,7 @@ class RowCache:
         spheres = torch.empty(n, 4, device=self.device)
         if n == 0:
             return spheres
-        grads = {name: _rows_of(leaf.grad, leaf) for name, leaf in working.leaves.items()}
+        grads = row_gradients(working)
         columns = layout.bookkeeping
         statistics = working.statistics() if working.statistics is not None else None
         norms, seen, radii = statistics if statistics is not None else (spheres,) * 3
@@ -263,11 +263,3 @@ class RowCache:
                 COLUMNS=triton.next_power_of_2(width),
                 ROWS=LINK_TILE,
             )
-
-
-def _rows_of(grad: Tensor | None, leaf: Tensor) -> Tensor:
-    """A gradient whose rows are contiguous each; zeros where there is none."""
-    if grad is None:
-        return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
-    inner = grad[:1]
-    return grad if inner.is_contiguous() else grad.contiguous()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,85 +15,255 @@ from torch import Tensor
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.base import Engine
-from gsscale_nerfstudio.engines.staging import Staging
-from gsscale_nerfstudio.engines.streams import mark_current
-from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
-from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.engines.lookahead import (
+    ColdRows,
+    Outlook,
+    PreparedView,
+    Split,
+    SplitLists,
+)
+from gsscale_nerfstudio.engines.packing import pack, unpack
+from gsscale_nerfstudio.engines.staging import Staging, Upload
+from gsscale_nerfstudio.engines.streams import Mark, Stress, mark_current, wait, wait_in_stream
+from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
+from gsscale_nerfstudio.store import GROUPS, HostStore
+
+_HOT_PART = 1 << 17
+"""Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
+
+
+@dataclass(frozen=True)
+class _PendingStep:
+    """A recorded step whose rows have not been stepped yet.
+
+    Attributes:
+        ids: [n] int32, the rows.
+        grads: [n, width] float32 in page-locked memory: gradients and statistics, valid from
+            ``arrived`` on.
+        step: the step's number, t.
+        tables: the Adam history up to step t - 1.
+        lr: [width] float32, of each column.
+    """
+
+    ids: Tensor
+    grads: Tensor
+    arrived: Mark
+    step: int
+    tables: _C.SkipTables
+    lr: np.ndarray
 
 
 class HostEngine(Engine):
-    """Settles a view's rows into staging, and steps them in the store when gradients are back.
+    """Steps rows in the store, hot ones first and the others while the device draws the next view.
 
-    Device memory holds one working set, its gradients and what the rasterizer needs; host memory
-    sees one pass over the view's rows to send them and one to step them.
+    Device memory holds one working set, its gradients, the cold rows of the next view and what the
+    rasterizer needs. The device writes gradients into page-locked memory itself, and reads hot rows
+    there. What happens during training step t, begun with view t::
+
+        main     wait for gradients t-1 | hot rows t-1 -> device | forward, backward queued
+        worker                          | other rows t-1, spheres | cull t+1, settle its cold rows
+        link                            | hot rows                | cold rows t+1     gradients t
+        device   unpack cold rows       | unpack hot rows         | forward and backward of view t
+
+    Who may touch the store and the culler: the worker from the moment that the other rows of step
+    t-1 are handed to it until the main thread has waited for it (``_wait_for_worker``), the main
+    thread at all other times. The worker takes its jobs in order, so view t+1 is culled when step
+    t-1 is complete; of step t, which is pending then, the culler knows by its slack.
     """
 
     def __init__(self, store: HostStore, device: torch.device) -> None:
+        self._pending: _PendingStep | None = None
+        self._rest: Future[None] | None = None
+        self._outlook: Outlook | None = None
+        self._last_lrs: np.ndarray | None = None
         self._set_up_staging(store, device)
         super().__init__(store, device)
 
     def _set_up_staging(self, store: HostStore, device: torch.device) -> None:
-        self._outgoing = Staging(store.capacity, store.layout.width, device)
-        self._incoming = Staging(store.capacity, store.layout.width, device)
+        capacity, width = store.capacity, store.layout.width
+        self._outgoing = Staging(capacity, width, device)  # hot rows, or a whole view's
+        self._cold = Upload(capacity, width, device)
+        # The worker may still be stepping rows with the last gradients when the next are written.
+        # Those before it has done with: begin() has waited for it in between.
+        self._gradients = [Staging(capacity, width, device) for _ in range(2)]
+        self._lists = SplitLists(capacity, device)
 
     def move_to(self, device: torch.device) -> None:
+        self._forget_announced()
+        self._finish_step()
+        if self.device.type == "cuda":
+            # Kernels may still be reading the staging that is about to go.
+            torch.cuda.synchronize(self.device)
         super().move_to(device)
         self._set_up_staging(self.store, device)
 
-    def _prepare(self, view: View, step: int) -> Any:
-        return self._cull(view, step)
+    # -- the worker ------------------------------------------------------------------------------
+
+    def announce(self, views: Sequence[View]) -> None:
+        if not self._announced:
+            self._outlook = self._look_ahead()
+        super().announce(views)
+
+    def _look_ahead(self) -> Outlook | None:
+        """Read by the main thread, which changes all of it; None if there is no step under way."""
+        if self.current is None or self._pending is not None or len(self.optimizers) < len(GROUPS):
+            return None
+        lrs = self.learning_rates
+        return Outlook(self.step_count + 1, self.current.ids, lrs, self.history.ahead(lrs))
+
+    def _prepare(self, view: View, step: int, ahead: bool) -> Any:
+        start = time.perf_counter()
+        ids = self._cull(view, step)
+        self.counters["cull_s"] += time.perf_counter() - start
+        if not ahead or self._outlook is None:
+            return PreparedView(ids)
+        return PreparedView(ids, self._send_cold(ids, self._outlook))
+
+    def _send_cold(self, ids: Tensor, outlook: Outlook) -> ColdRows:
+        split = self._lists.split(outlook.before, ids)
+        rows = self._cold.rows(len(split.cold))
+        # Rows that the view before does not see have no gradient in its step: they can be settled
+        # beyond it before it is done.
+        self._gather(ids, rows, split.cold, outlook.tables)
+        on_device, arrived = self._cold.send(rows)
+        return ColdRows(outlook, split, on_device, arrived)
+
+    def _step_rest(self, pending: _PendingStep, pick: Tensor) -> None:
+        """Step what is left of the rows of a step, in the worker."""
+        Stress.delay()
+        self._step_picked(pending, pick)
+        self._rows_stepped(pending)
+
+    def _wait_for_worker(self) -> None:
+        start = time.perf_counter()
+        if self._rest is not None:
+            self._rest.result()
+            self._rest = None
+        super()._wait_for_worker()
+        self.counters["host_wait_s"] += time.perf_counter() - start
+
+    # -- before the step -------------------------------------------------------------------------
 
     def _bring(self, prepared: Any) -> WorkingSet:
-        return self._send(prepared, training=True)
+        self._wait_for_worker()  # the other rows of the step before last
+        cold, row_bytes = prepared.cold, 4 * self.store.layout.width
+        # The step may not have come about, or with another learning rate than was expected.
+        if cold is None or not cold.outlook.has_come_true(self.step_count, self._last_lrs):
+            self._count(len(prepared.ids), len(prepared.ids), len(prepared.ids) * row_bytes)
+            self._finish_step()
+            return self._send(prepared.ids, training=True)
+        self._count(len(prepared.ids), len(cold.rows), len(prepared.ids) * row_bytes)
+        layout = self.store.layout
+        attributes = empty_attributes(layout, len(prepared.ids), self.device)
+        # Rows must have arrived before they are read. Queued first, so that the device has
+        # something to do while hot rows are stepped.
+        wait_in_stream(cold.arrived, self.device)
+        unpack(cold.rows, layout, attributes, cold.split.cold)
+        self._cold.read_until(mark_current(self.device))
+        self._bring_hot(prepared.ids, cold.split, attributes)
+        self._lists.read_until(mark_current(self.device))
+        return working_set(prepared.ids, attributes, training=True)
+
+    def _count(self, n: int, missed: int, moved: int) -> None:
+        counters = {"views": 1, "rows": n, "rows_missed": missed, "link_bytes": moved}
+        for name, value in counters.items():
+            self.counters[name] += value
+
+    def _bring_hot(self, ids: Tensor, split: Split, attributes: dict[str, Tensor]) -> None:
+        """Step the rows that this view shares with the last one, and let the device read them."""
+        # Waits until the device has read the last view's.
+        rows = self._outgoing.rows(len(split.hot))
+        pending, self._pending = self._pending, None
+        if pending is None:  # finished in the meantime, for a render say
+            self._gather(ids, rows, split.hot, self.history.tables)
+            unpack(rows, self.store.layout, attributes, split.hot)
+        else:
+            self._wait_for_gradients(pending)
+            for start in range(0, len(rows), _HOT_PART):
+                part = slice(start, start + _HOT_PART)
+                self._step_picked(pending, split.hot_before[part], rows[part])
+                unpack(rows[part], self.store.layout, attributes, split.hot[part])
+            # From here on the store and the culler are the worker's.
+            self._rest = self._worker.submit(self._step_rest, pending, split.only_before)
+        self._outgoing.used_until(mark_current(self.device))
 
     def _fetch(self, view: View) -> WorkingSet:
         return self._send(self._cull(view, self.step_count), training=False)
 
     def _send(self, ids: Tensor, training: bool) -> WorkingSet:
-        staging = self._outgoing.rows(len(ids))
-        _C.gather_settled(self.store.kernel_rows, self.history.tables, ids.numpy(), staging.numpy())
-        rows = staging.to(self.device, non_blocking=True)
+        """The working set of any rows, without anything done ahead; no step is pending."""
+        rows = self._outgoing.rows(len(ids))
+        self._gather(ids, rows, None, self.history.tables)
+        attributes = empty_attributes(self.store.layout, len(ids), self.device)
+        unpack(rows, self.store.layout, attributes)
         self._outgoing.used_until(mark_current(self.device))
-        # The rasterizer wants each attribute contiguous; on the CPU this is also what detaches the
-        # leaves from the staging buffer.
-        columns = dict(self.store.layout.columns)
-        columns["sh"] = slice(columns.pop("features_dc").start, columns.pop("features_rest").stop)
-        attributes = {
-            name: rows[:, where].clone(memory_format=torch.contiguous_format)
-            for name, where in columns.items()
-        }
-        attributes["sh"] = attributes["sh"].unflatten(1, (-1, 3))
         return working_set(ids, attributes, training)
 
-    @torch.no_grad()
+    def _gather(
+        self, ids: Tensor, rows: Tensor, pick: Tensor | None, tables: _C.SkipTables
+    ) -> None:
+        """Settled rows ``ids``, or those at positions ``pick``; the store stays as it is."""
+        positions = None if pick is None else pick.numpy()
+        _C.gather_settled(self.store.kernel_rows, tables, ids.numpy(), rows.numpy(), pick=positions)
+
+    # -- the step --------------------------------------------------------------------------------
+
     def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:
-        self._wait_for_worker()  # spheres and rows are about to change
-        n, layout = len(working), self.store.layout
-        grads = torch.zeros(n, layout.width, device=self.device)
-        for name, columns in layout.columns.items():
-            grad = working.leaves[name].grad
-            if grad is not None:
-                grads[:, columns] = grad.flatten(1)
-        if working.statistics is not None:
-            norms, seen, radii = working.statistics()
-            grads[:, layout.bookkeeping["grad2d"]] = norms
-            grads[:, layout.bookkeeping["count"]] = seen
-            grads[:, layout.bookkeeping["max_radius"]] = radii
-        staging = self._incoming.rows(n)
-        staging.copy_(grads, non_blocking=True)
-        self._incoming.used_until(mark_current(self.device))
-        # Waits for the copy, and with it for this view's backward pass.
-        staging = self._incoming.rows(n)
+        """Have the gradients written to the host; the rows are stepped when they are there."""
+        if self._pending is not None:  # the same view, stepped once more
+            self._wait_for_worker()
+            self._finish_step()
+        layout = self.store.layout
+        staging = self._gradients[0]
+        self._gradients.reverse()
+        grads = staging.rows(len(working))
+        pack(working, layout, grads)
+        arrived = mark_current(self.device)
+        staging.used_until(arrived)
+        self.counters["link_bytes"] += grads.nbytes
         per_column = np.append(lrs, 0.0)[layout.group_of_column].astype(np.float32)
+        self._pending = _PendingStep(
+            working.ids, grads, arrived, self.step_count + 1, self.history.tables, per_column
+        )
+        self._last_lrs = lrs
+
+    def _finish_step(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._wait_for_gradients(pending)
+            self._step_picked(pending)
+            self._rows_stepped(pending)
+
+    def _wait_for_gradients(self, pending: _PendingStep) -> None:
+        start = time.perf_counter()
+        wait(pending.arrived)
+        self.counters["host_wait_s"] += time.perf_counter() - start
+
+    def _step_picked(
+        self, pending: _PendingStep, pick: Tensor | None = None, forward: Tensor | None = None
+    ) -> None:
+        """Settle and step rows of a pending step: all of them, or those at positions ``pick``."""
+        start = time.perf_counter()
         _C.settle_and_step(
             self.store.kernel_rows,
-            self.history.tables,
-            working.ids.numpy(),
-            staging.numpy(),
-            per_column,
+            pending.tables,
+            pending.ids.numpy(),
+            pending.grads.numpy(),
+            pending.lr,
+            pick=None if pick is None else pick.numpy(),
+            forward=None if forward is None else forward.numpy(),
         )
-        self.culler.refresh(len(self.store), working.ids)
-        self._bounds_step = self.step_count + 1
+        self.counters["step_s"] += time.perf_counter() - start
+
+    def _rows_stepped(self, pending: _PendingStep) -> None:
+        """Let the culler know of a step, all rows of which have been stepped."""
+        self.culler.refresh(len(self.store), pending.ids)
+        self._bounds_step = pending.step
+
+    def restart(self, step: int) -> None:
+        self._wait_for_worker()
+        self._pending = None  # of rows that are no more
+        super().restart(step)
 
     def _settle(self) -> None:
         _C.settle_range(self.store.kernel_rows, self.history.tables, 0, len(self.store))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from torch import Tensor
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.host import HostEngine
+from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
+from gsscale_nerfstudio.engines.packing import kernels_run_on
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import (
     Mark,
@@ -62,11 +63,6 @@ class _NewSpheres:
     arrived: Mark
 
 
-def _kernels_run_on_cpu() -> bool:
-    """Whether Triton is told to interpret kernels, as tests do."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 class ResidentEngine(HostEngine):
     """Settles and steps rows on the GPU, in a cache that is as large as the budget allows.
 
@@ -93,7 +89,7 @@ class ResidentEngine(HostEngine):
         super().__init__(store, device)
 
     def _start_training(self) -> None:
-        self._caching = self.device.type == "cuda" or _kernels_run_on_cpu()
+        self._caching = kernels_run_on(self.device)
         if not self._caching:
             if self.required:
                 raise GSScaleError(
@@ -114,10 +110,12 @@ class ResidentEngine(HostEngine):
 
     # -- before the step -------------------------------------------------------------------------
 
-    def _prepare(self, view: View, step: int) -> Any:
+    def _look_ahead(self) -> Outlook | None:
+        return None if self._caching else super()._look_ahead()
+
+    def _prepare(self, view: View, step: int, ahead: bool) -> Any:
         if not self._caching:
-            return super()._prepare(view, step)
-        ahead = step > self.step_count
+            return super()._prepare(view, step, ahead)
         self._take_spheres(wait_for_all=not ahead)
         start = time.perf_counter()
         ids = self._cull(view, step)
@@ -175,13 +173,15 @@ class ResidentEngine(HostEngine):
             prepared = self._make_room(prepared)
             if prepared.admission is None:
                 self._stop_caching(len(prepared.ids))
-                return super()._bring(prepared.ids)
+                return super()._bring(PreparedView(prepared.ids))
         self._current = prepared
-        self._count(prepared)
+        admission = prepared.admission
+        moved = (admission.missed + admission.written) * 3 * self.store.layout.width * 4
+        self._count(len(prepared.ids), admission.missed, moved)
         # The rows must have arrived before they are read.
-        wait_in_stream(prepared.admission.ready, self.device)
+        wait_in_stream(admission.ready, self.device)
         assert self._cache is not None
-        attributes = self._cache.gather(prepared.admission.slots, self._tables)
+        attributes = self._cache.gather(admission.slots, self._tables)
         return working_set(prepared.ids, attributes, training=True)
 
     def _make_room(self, prepared: _Prepared) -> _Prepared:
@@ -240,22 +240,14 @@ class ResidentEngine(HostEngine):
 
     def _stop_caching(self, n: int) -> None:
         """Go on as the host engine."""
+        self._take_spheres(wait_for_all=True)
         self._caching = False
         self._cache = None
-        self._changed.clear()
         CONSOLE.print(
             f"[bold yellow]gsscale:[/bold yellow] the GPU memory budget cannot hold a view of "
             f"{n:,} Gaussians and their optimizer state; from here on Adam runs on the CPU (engine "
             "host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
         )
-
-    def _count(self, prepared: _Prepared) -> None:
-        assert prepared.admission is not None
-        n, missed = len(prepared.ids), prepared.admission.missed
-        moved = (missed + prepared.admission.written) * 3 * self.store.layout.width * 4
-        counters = {"views": 1, "rows": n, "rows_missed": missed, "link_bytes": moved}
-        for name, value in counters.items():
-            self.counters[name] += value
 
     # -- rendering and stepping ------------------------------------------------------------------
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gsscale_nerfstudio.engines.streams import Mark, wait
+from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
 from gsscale_nerfstudio.store.memory import ReservedArray
 
 
 class Staging:
-    """A page-locked buffer that copies read or write, one user at a time.
+    """A page-locked buffer that copies and kernels read or write, one user at a time.
 
     Args:
         capacity: rows that address space is taken for.
@@ -32,7 +32,7 @@ class Staging:
         self._in_use_until: Mark = None
 
     def rows(self, n: int) -> Tensor:
-        """The first ``n`` rows, once no copy reads or writes them any more."""
+        """The first ``n`` rows, once the device does not read or write them any more."""
         # The last copy may still be under way: it must not see new rows.
         wait(self._in_use_until)
         self._in_use_until = None
@@ -41,5 +41,52 @@ class Staging:
         return self._tensor[:n]
 
     def used_until(self, mark: Mark) -> None:
-        """The buffer belongs to a copy that ends at ``mark``."""
+        """The buffer belongs to a copy or a kernel that ends at ``mark``."""
         self._in_use_until = mark
+
+
+class Upload:
+    """Staging with a buffer on the device, which rows reach while the current stream does others.
+
+    The buffer stays: the next view's rows come when memory is scarcest, so there must be room for
+    them then, and memory that comes and goes breaks up the rest. On a CPU staging is the buffer.
+
+    Args:
+        capacity: rows that address space is taken for.
+        width: elements per row.
+        device: where rows go.
+    """
+
+    def __init__(self, capacity: int, width: int, device: torch.device) -> None:
+        self._staging = Staging(capacity, width, device)
+        self._device = device
+        self._link = SideStream(device)
+        self._buffer = torch.empty(0, width, device=device)
+        self._read: Mark = None
+
+    def rows(self, n: int) -> Tensor:
+        """[n, width] in host memory, to be filled and sent."""
+        return self._staging.rows(n)
+
+    def send(self, rows: Tensor) -> tuple[Tensor, Mark]:
+        """Queue the copy of filled rows: those on the device, and when they will be there."""
+        if self._device.type == "cpu":
+            return rows, None
+        # The view before may still be unpacked from the buffer.
+        with self._link.active(after=self._read):
+            if len(rows) > len(self._buffer):
+                n, width = rows.shape
+                self._buffer = rows.new_empty(0)  # or both would be on the device at once
+                self._buffer = torch.empty(n + n // 4, width, device=self._device)
+                # Memory of the link's stream, read in the current one: when it is freed, the
+                # allocator must not give it away before those reads are done.
+                self._buffer.record_stream(torch.cuda.default_stream(self._device))
+            on_device = self._buffer[: len(rows)]
+            on_device.copy_(rows, non_blocking=True)
+            arrived = self._link.mark()
+        self._staging.used_until(arrived)
+        return on_device, arrived
+
+    def read_until(self, mark: Mark) -> None:
+        """What was sent last has been read on the device at ``mark``."""
+        self._read = mark

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gsscale_nerfstudio.store import RowLayout
+from gsscale_nerfstudio.store import GROUPS, RowLayout
 
 ScreenStatistics = tuple[Tensor, Tensor, Tensor]
 """Per row of a working set: norm of the screen-space gradient, times seen (0 or 1), largest
@@ -60,3 +60,18 @@ def working_set(ids: Tensor, attributes: dict[str, Tensor], training: bool) -> W
 
         sh.register_post_accumulate_grad_hook(hand_on)
     return WorkingSet(ids, leaves, sh)
+
+
+def row_gradients(working: WorkingSet) -> dict[str, Tensor]:
+    """The leaves' gradients by group, in the order of columns; contiguous within each row.
+
+    Rows themselves may lie apart: those of the SH groups are views of one joint gradient. Zeros
+    where there is no gradient.
+    """
+    return {name: _rows_of(working.leaves[name]) for name in GROUPS}
+
+
+def _rows_of(leaf: Tensor) -> Tensor:
+    if leaf.grad is None:
+        return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+    return leaf.grad if leaf.grad[:1].is_contiguous() else leaf.grad.contiguous()

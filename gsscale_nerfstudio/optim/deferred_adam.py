@@ -101,6 +101,7 @@ class DeferredAdam(torch.optim.Optimizer):
                 f"the checkpoint has optimizer state for {len(state['exp_avg']):,} Gaussians and "
                 f"parameters for {len(store):,}; it was damaged or put together from two runs"
             )
+        engine.settle()  # it may still be stepping rows, which must not go over the loaded ones
         store.column(name, store.exp_avg).copy_(state["exp_avg"])
         store.column(name, store.exp_avg_sq).copy_(state["exp_avg_sq"])
         engine.restart(int(state["step"]))

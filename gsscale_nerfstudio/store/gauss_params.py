@@ -21,7 +21,7 @@ class GaussParams(nn.Module):
 
     Args:
         store: the rows.
-        settle: makes all rows current; called before anything is read.
+        settle: makes all rows current; called before anything is read or replaced.
         replaced: called after the rows were replaced by a checkpoint's.
         leaves: the working set's leaves, kept up to date by their owner. They are what this module
             has as ``parameters()``: what there is a gradient of (``--log-gradients``).
@@ -93,6 +93,7 @@ class GaussParams(nn.Module):
                     f"expects {expected}; was it trained with another "
                     "--pipeline.model.sh-degree?"
                 )
+        self._settle()  # rows may still be being stepped, which must not go over the loaded ones
         self.store.resize(0)
         self.store.append(values, stamp=0)
         self._replaced()

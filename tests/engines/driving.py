@@ -102,26 +102,34 @@ def in_view(means: Tensor, view: View) -> Tensor:
     return inside & (points[:, 2] > view.near)
 
 
+def around(step: int) -> View:
+    """Another part of the ring at each step."""
+    views = ring_of_views()
+    return views[step * 5 % len(views)]
+
+
 def drive(
     engine: Engine,
     steps: int,
     announce: Callable[[int], bool] = lambda step: True,
     before_step: Callable[[int], None] = lambda step: None,
+    in_step: Callable[[int, dict], None] = lambda step, optimizers: None,
     after_step: Callable[[int], None] = lambda step: None,
+    view_at: Callable[[int], View] = around,
 ) -> list[Tensor]:
     """Train with :func:`gradient`; returns the ids of the rows that had one at each step."""
     optimizers, schedulers = make_optimizers(engine.parameters(), True, steps)
-    views = ring_of_views()
     seen = []
     for step in range(steps):
         before_step(step)
-        view = views[step * 5 % len(views)]
+        view = view_at(step)
         working = engine.begin(view)
         means = working.leaves["means"].detach()
         drawn = in_view(means, view)
         seen.append(working.ids[drawn].clone())
         if announce(step):
-            engine.announce([views[(step + k) * 5 % len(views)] for k in range(1, 9)])
+            engine.announce([view_at(step + k) for k in range(1, 9)])
+        in_step(step, optimizers)
         for leaf in working.leaves.values():
             shape = (-1, *[1] * (leaf.dim() - 1))
             leaf.grad = gradient(leaf.detach(), step) * drawn.to(engine.device).view(shape)
@@ -135,11 +143,17 @@ def drive(
     return seen
 
 
-def dense(values: dict[str, Tensor], seen: list[Tensor], steps: int) -> dict[str, Tensor]:
+def dense(
+    values: dict[str, Tensor],
+    seen: list[Tensor],
+    steps: int,
+    in_step: Callable[[int, dict], None] = lambda step, optimizers: None,
+) -> dict[str, Tensor]:
     """What dense Adam makes of the same gradients, which rows outside of a view do not get."""
     leaves = {name: torch.nn.Parameter(v.clone()) for name, v in values.items()}
     optimizers, schedulers = make_optimizers({n: [p] for n, p in leaves.items()}, False, steps)
     for step, ids in enumerate(seen):
+        in_step(step, optimizers)
         for leaf in leaves.values():
             leaf.grad = torch.zeros_like(leaf)
             leaf.grad[ids.long()] = gradient(leaf.detach()[ids.long()], step)

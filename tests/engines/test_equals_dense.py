@@ -313,9 +313,10 @@ def test_a_rising_learning_rate_keeps_the_culler_conservative(monkeypatch):
 
 
 def settled_copy(engine: Engine) -> dict[str, Tensor]:
-    """All rows, settled, without touching the store."""
+    """All rows, settled; in the store only the last step is completed."""
     from gsscale_nerfstudio import _C
 
+    engine._finish_step()
     n, layout = len(engine.store), engine.store.layout
     out = np.empty((n, layout.width), dtype=np.float32)
     ids = np.arange(n, dtype=np.int32)
