@@ -1,4 +1,6 @@
 // The Python module gsscale_nerfstudio._C: arithmetic on raw buffers, no torch.
+#include <omp.h>
+
 #include "buffers.h"
 #include "dispatch.h"
 
@@ -14,6 +16,8 @@ NB_MODULE(_C, m) {
     m.doc() = "Kernels of gsscale: rows (settle, step, gather), culling, row order and sets, slots.";
     m.def("isa", [] { return gsscale::isa_name(gsscale::active_isa()); },
           "Instruction set in use: baseline, avx2 or avx512.");
+    m.def("set_threads", [](int n) { omp_set_num_threads(n < 1 ? 1 : n); }, gsscale::nb::arg("n"),
+          "Let kernels that the calling thread runs use at most n threads.");
     gsscale::bind_rows(m);
     gsscale::bind_cull(m);
     gsscale::bind_order(m);

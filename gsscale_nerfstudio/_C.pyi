@@ -3,6 +3,7 @@ from numpy import ndarray
 BLOCK_ROWS: int
 
 def isa() -> str: ...
+def set_threads(n: int) -> None: ...
 
 class Rows:
     def __init__(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import Culler, Slack, View
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.engines.working_set import WorkingSet
@@ -61,13 +65,24 @@ class Engine(ABC):
         self._stepped: dict[str, float] = {}
         self._settled = True
         self._bounds_step = 0  # spheres know of the steps up to this one
-        self._worker = ThreadPoolExecutor(1, "gsscale-engine")
+        # Its kernels leave some cores to the main thread, backward's and the driver's: one that had
+        # to share its core would hold up all the others at the end of each loop.
+        threads = 3 * len(os.sched_getaffinity(0)) // 4
+        self._worker = ThreadPoolExecutor(1, "gsscale-engine", _C.set_threads, (threads,))
         self._announced: deque[_Announced] = deque()
+        self._ids = torch.empty(0, dtype=torch.int32)
         # The present leaves, and the lists handed out by parameters(): Nerfstudio clips the
         # gradients of what these lists hold.
         self.leaves = {name: self._placeholder(name) for name in GROUPS}
         self._published = {name: [leaf] for name, leaf in self.leaves.items()}
         self.rows_changed()
+
+    @contextmanager
+    def _timed(self, counter: str) -> Iterator[None]:
+        """Add the time spent inside to a counter, in seconds."""
+        start = time.perf_counter()
+        yield
+        self.counters[counter] += time.perf_counter() - start
 
     # -- optimizers ------------------------------------------------------------------------------
 
@@ -234,11 +249,18 @@ class Engine(ABC):
         self._finish_step()
         return self._fetch(view)
 
-    def _cull(self, view: View, step: int) -> Tensor:
-        """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done."""
+    def _cull(self, view: View, step: int, keep: bool = True) -> Tensor:
+        """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done.
+
+        Without ``keep`` they are valid until the next call.
+        """
+        if len(self._ids) < len(self.store):
+            # Fresh memory for each view, with room for all rows, would cost more than the culling.
+            self._ids = torch.empty(len(self.store) + len(self.store) // 4, dtype=torch.int32)
         behind = self.history.stride(step - self._bounds_step)
         slack = Slack(math.exp(behind["scales"]), math.sqrt(3) * behind["means"])
-        return self.culler.cull(view, len(self.store), slack=slack)
+        ids = self.culler.cull(view, len(self.store), self._ids, slack)
+        return ids.clone() if keep else ids
 
     @abstractmethod
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -112,9 +111,8 @@ class HostEngine(Engine):
         return Outlook(self.step_count + 1, self.current.ids, lrs, self.history.ahead(lrs))
 
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
-        start = time.perf_counter()
-        ids = self._cull(view, step)
-        self.counters["cull_s"] += time.perf_counter() - start
+        with self._timed("cull_s"):
+            ids = self._cull(view, step)
         if not ahead or self._outlook is None:
             return PreparedView(ids)
         return PreparedView(ids, self._send_cold(ids, self._outlook))
@@ -135,12 +133,11 @@ class HostEngine(Engine):
         self._rows_stepped(pending)
 
     def _wait_for_worker(self) -> None:
-        start = time.perf_counter()
-        if self._rest is not None:
-            self._rest.result()
-            self._rest = None
-        super()._wait_for_worker()
-        self.counters["host_wait_s"] += time.perf_counter() - start
+        with self._timed("host_wait_s"):
+            if self._rest is not None:
+                self._rest.result()
+                self._rest = None
+            super()._wait_for_worker()
 
     # -- before the step -------------------------------------------------------------------------
 
@@ -235,25 +232,23 @@ class HostEngine(Engine):
             self._rows_stepped(pending)
 
     def _wait_for_gradients(self, pending: _PendingStep) -> None:
-        start = time.perf_counter()
-        wait(pending.arrived)
-        self.counters["host_wait_s"] += time.perf_counter() - start
+        with self._timed("host_wait_s"):
+            wait(pending.arrived)
 
     def _step_picked(
         self, pending: _PendingStep, pick: Tensor | None = None, forward: Tensor | None = None
     ) -> None:
         """Settle and step rows of a pending step: all of them, or those at positions ``pick``."""
-        start = time.perf_counter()
-        _C.settle_and_step(
-            self.store.kernel_rows,
-            pending.tables,
-            pending.ids.numpy(),
-            pending.grads.numpy(),
-            pending.lr,
-            pick=None if pick is None else pick.numpy(),
-            forward=None if forward is None else forward.numpy(),
-        )
-        self.counters["step_s"] += time.perf_counter() - start
+        with self._timed("step_s"):
+            _C.settle_and_step(
+                self.store.kernel_rows,
+                pending.tables,
+                pending.ids.numpy(),
+                pending.grads.numpy(),
+                pending.lr,
+                pick=None if pick is None else pick.numpy(),
+                forward=None if forward is None else forward.numpy(),
+            )
 
     def _rows_stepped(self, pending: _PendingStep) -> None:
         """Let the culler know of a step, all rows of which have been stepped."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,10 +115,10 @@ class ResidentEngine(HostEngine):
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
         if not self._caching:
             return super()._prepare(view, step, ahead)
-        self._take_spheres(wait_for_all=not ahead)
-        start = time.perf_counter()
-        ids = self._cull(view, step)
-        self.counters["cull_s"] += time.perf_counter() - start
+        with self._timed("spheres_s"):
+            self._take_spheres(wait_for_all=not ahead)
+        with self._timed("cull_s"):
+            ids = self._cull(view, step)
         self._prepared_views += 1
         prepared = _Prepared(ids, self._prepared_views, view.width * view.height, None)
         # A cache of another size is not made while rows of this one are being stepped, and views
@@ -130,7 +129,8 @@ class ResidentEngine(HostEngine):
             keep_from = self._current.number if ahead and self._current else prepared.number
             done = self._rows_done
             assert self._cache is not None
-            admission = self._cache.admit(ids, prepared.number, keep_from, done)
+            with self._timed("admit_s"):
+                admission = self._cache.admit(ids, prepared.number, keep_from, done)
             prepared = replace(prepared, admission=admission)
         self._blocked |= ahead and prepared.admission is None
         return prepared
@@ -149,11 +149,10 @@ class ResidentEngine(HostEngine):
         return self.prepared_ahead + LOOK_AHEAD
 
     def _prepare_ahead(self, views: Sequence[View], step: int) -> Any:
-        start = time.perf_counter()
         prepared = super()._prepare_ahead(views, step)
         if self._caching and self._cache is not None and prepared.admission is not None:
-            self._expect(self._cache, prepared.number, views[1 : 1 + LOOK_AHEAD], step)
-        self.counters["prepare_s"] += time.perf_counter() - start
+            with self._timed("expect_s"):
+                self._expect(self._cache, prepared.number, views[1 : 1 + LOOK_AHEAD], step)
         return prepared
 
     def _expect(self, cache: RowCache, number: int, views: Sequence[View], step: int) -> None:
@@ -163,7 +162,7 @@ class ResidentEngine(HostEngine):
         for later, view in enumerate(views, number + 1):
             if self._expected.get(later) is not view:
                 self._expected[later] = view
-                cache.expect(self._cull(view, step), later)
+                cache.expect(self._cull(view, step, keep=False), later)
         self._expected.pop(number, None)
 
     def _bring(self, prepared: Any) -> WorkingSet:
