@@ -47,7 +47,7 @@ class CompareArgs:
     """Training steps of every run."""
     methods: tuple[str, ...] = (BASELINE, "gsscale")
     """Nerfstudio methods, in the order in which they run."""
-    engines: tuple[str, ...] = ("host",)
+    engines: tuple[str, ...] = ("auto",)
     """Engines of gsscale; each is a run of its own."""
     seeds: tuple[int, ...] = (42,)
     """Values of --machine.seed; each is a run of its own."""

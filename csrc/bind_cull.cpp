@@ -24,13 +24,13 @@ void check_bounds(const Floats2 &spheres, const Floats2 &blocks, int64_t n_rows)
         throw std::invalid_argument("blocks must have room for one bound per 256 rows");
 }
 
-// Work that is worth one more thread, about 0.1 ms: a thread that must first get a core, because a
-// data loader has them all, costs more than it brings.
-constexpr int64_t kGroupsToBound = 8, kGroupsToCull = 64, kIdsToScan = 1 << 15;
+// Work from which all threads pay, about 0.2 ms: one that must first get a core, because a data
+// loader has them all, costs more than it brings. All or one, see ids.h.
+constexpr int64_t kGroupsToBound = 16, kGroupsToCull = 128, kIdsToScan = 1 << 16;
 
-int threads_for(int64_t shares, int threads) {
+int threads_for(int64_t work, int64_t enough, int threads) {
     if (threads > 0) return threads;
-    return (int)std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), shares));
+    return work < enough ? 1 : omp_get_max_threads();
 }
 
 void update(Floats2 spheres, Floats2 blocks, int64_t n_rows, std::optional<Ids> ids, int threads) {
@@ -39,12 +39,12 @@ void update(Floats2 spheres, Floats2 blocks, int64_t n_rows, std::optional<Ids> 
     float *to = blocks.data();
     nb::gil_scoped_release release;
     if (!ids) {
-        const int n_threads = threads_for(groups_of(blocks_of(n_rows)) / kGroupsToBound, threads);
+        const int n_threads = threads_for(groups_of(blocks_of(n_rows)), kGroupsToBound, threads);
         GSSCALE_DISPATCH(update_all_blocks, from, n_rows, to, n_threads);
         return;
     }
     const int64_t n_ids = (int64_t)ids->shape(0);
-    const int n_threads = threads_for(n_ids / kIdsToScan, threads);
+    const int n_threads = threads_for(n_ids, kIdsToScan, threads);
     if (!GSSCALE_DISPATCH(update_blocks_of, from, n_rows, ids->data(), n_ids, to, n_threads))
         throw std::invalid_argument("row id outside of the first n_rows rows");
 }
@@ -62,7 +62,7 @@ void replace_spheres(Floats2 spheres, int64_t n_rows, Ids ids, Floats2 values, i
     const float *from = values.data();
     float *to = spheres.data();
     nb::gil_scoped_release release;
-    const int n_threads = threads_for(n / kIdsToScan, threads);
+    const int n_threads = threads_for(n, kIdsToScan, threads);
 #pragma omp parallel for schedule(static) num_threads(n_threads)
     for (int64_t i = 0; i < n; ++i) std::copy_n(from + 4 * i, 4, to + 4 * (int64_t)id[i]);
 }
@@ -80,7 +80,7 @@ int64_t cull_rows(Floats2 spheres, Floats2 blocks, int64_t n_rows, Floats2 plane
     const CullScratch scratch{hits.get(), starts.get()};
     nb::gil_scoped_release release;
     return GSSCALE_DISPATCH(cull, bounds, planes.data(), (int)planes.shape(0), scratch, out.data(),
-                            (int64_t)out.shape(0), threads_for(n_groups / kGroupsToCull, threads));
+                            (int64_t)out.shape(0), threads_for(n_groups, kGroupsToCull, threads));
 }
 
 }  // namespace

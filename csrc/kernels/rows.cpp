@@ -15,16 +15,13 @@ constexpr float kSmallestNormal = 1.17549435e-38f;
 // Rows ahead whose cache lines are requested: a row is 3 x 4 lines in three arrays, too scattered
 // for the hardware prefetcher when ids have gaps.
 constexpr int64_t kAhead = 6;
-// Rows worth a thread: waking one costs more than stepping some hundred rows.
-constexpr int64_t kRowsPerThread = 1024;
+// Rows from which all threads pay: waking one costs more than stepping some hundred rows.
+constexpr int64_t kRowsForThreads = 4096;
 // gsplat draws a Gaussian out to 3 (1.4) or 3.33 (1.5) standard deviations.
 constexpr float kSigmas = 3.33f;
 constexpr float kCoordinateSlack = 1e-6f;
 
-inline int threads_for(int64_t rows) {
-    const int64_t wanted = 1 + rows / kRowsPerThread, most = omp_get_max_threads();
-    return (int)(wanted < most ? wanted : most);
-}
+inline int threads_for(int64_t rows) { return rows < kRowsForThreads ? 1 : omp_get_max_threads(); }
 
 inline void prefetch_row(const RowStore &s, int64_t row) {
     const int64_t at = row * s.width;
