@@ -12,7 +12,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 from benchmarks.overrides import to_arguments
 from benchmarks.scene import dataparser_arguments
 
-DEFAULT_ENGINE = "host"
+DEFAULT_ENGINE = "auto"
 """What a model without an ``engine`` setting runs; any other name is refused for it."""
 
 # No evaluation and no checkpoint while training (0 is "never" to Nerfstudio): they would be timed.

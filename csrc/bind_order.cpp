@@ -47,6 +47,24 @@ void morton_codes(Floats2 rows, int64_t column, int64_t n, Box box, Codes out) {
     }
 }
 
+// rows[target[i]] <- rows[source[i]], a few gigabytes a second and thread: numpy and torch do this
+// on one thread, through a copy.
+void copy_rows(Floats2 rows, Codes source, Codes target) {
+    const int64_t n = (int64_t)source.shape(0), width = (int64_t)rows.shape(1);
+    if ((int64_t)target.shape(0) != n)
+        throw std::invalid_argument("copy_rows: as many targets as sources are needed");
+    const int64_t *from = source.data(), *to = target.data(), capacity = (int64_t)rows.shape(0);
+    float *data = rows.data();
+    nb::gil_scoped_release release;
+    bool inside = true;
+    for (int64_t i = 0; i < n; ++i)
+        inside &= from[i] >= 0 && from[i] < capacity && to[i] >= 0 && to[i] < capacity;
+    if (!inside) throw std::invalid_argument("copy_rows: row outside of the store");
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; ++i)
+        std::memcpy(data + to[i] * width, data + from[i] * width, width * sizeof(float));
+}
+
 // rows[i] <- rows[order[i]], in place. Every kCut-th row is saved first and cuts the permutation's
 // cycles into chains that threads follow independently; extra memory is n / kCut rows + n bytes.
 constexpr int64_t kCut = 4096;
@@ -107,6 +125,10 @@ void bind_order(nb::module_ &m) {
     m.def("morton_codes", &morton_codes, nb::arg("rows").noconvert(), nb::arg("column"), nb::arg("n"),
           nb::arg("box").noconvert(), nb::arg("out").noconvert(),
           "63-bit Morton codes of three float columns of the first n rows, inside box [2, 3].");
+    m.def("copy_rows", &copy_rows, nb::arg("rows").noconvert(), nb::arg("source").noconvert(),
+          nb::arg("target").noconvert(),
+          "rows[target[i]] <- rows[source[i]]; no row may be both a source and a target, or twice a "
+          "target.");
     m.def("permute_rows", &permute_rows, nb::arg("rows").noconvert(), nb::arg("order").noconvert(),
           "rows[i] <- rows[order[i]] in place; extra memory n / 4096 rows + n bytes.");
 }

@@ -13,7 +13,11 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.budget import Budget
+from gsscale_nerfstudio.engines.budget import (
+    VIEW_ROW_BYTES,
+    Budget,
+    observed_view_row_bytes,
+)
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
@@ -106,6 +110,8 @@ class ResidentEngine(HostEngine):
         self._expected: dict[int, View] = {}  # by number: views that the cache was told of
         self._warned = False
         self._view_rows = 0  # rows of a view that the cache was made for
+        self._largest = _Prepared(torch.empty(0), 0, 0, None)  # of the views so far
+        self._view_row_bytes = float(VIEW_ROW_BYTES)
 
     # -- before the step -------------------------------------------------------------------------
 
@@ -174,6 +180,8 @@ class ResidentEngine(HostEngine):
                 self._stop_caching(len(prepared.ids))
                 return super()._bring(PreparedView(prepared.ids))
         self._current = prepared
+        if len(prepared.ids) > len(self._largest.ids):
+            self._largest = replace(prepared, admission=None)
         admission = prepared.admission
         moved = (admission.missed + admission.written) * 3 * self.store.layout.width * 4
         self._count(len(prepared.ids), admission.missed, moved)
@@ -213,7 +221,9 @@ class ResidentEngine(HostEngine):
         # Views differ; a larger one than expected costs a new cache.
         self._view_rows = max(self._view_rows, n + n // 4)
         row_bytes = 3 * self.store.layout.width * 4
-        limit = self.budget.cache_rows(self.device, row_bytes, self._view_rows, pixels)
+        limit = self.budget.cache_rows(
+            self.device, row_bytes, self._view_rows, pixels, self._view_row_bytes
+        )
         slots = min(limit, len(self.store) + len(self.store) // 4)
         if slots < n:
             return
@@ -325,11 +335,26 @@ class ResidentEngine(HostEngine):
     def rows_changed(self) -> None:
         super().rows_changed()
         if self._caching and self._cache is not None:
-            if min(len(self.store), self._cache_limit) <= len(self._cache):
+            needs_more = self._learn_needs(self._cache)
+            enough = min(len(self.store), self._cache_limit) <= len(self._cache)
+            if enough and not needs_more:
                 self._cache.forget()
                 self._expected.clear()
             else:
                 self._drop_cache()
+
+    def _learn_needs(self, cache: RowCache) -> bool:
+        """Whether views turn out to need clearly more memory than the cache was made for."""
+        largest = self._largest
+        if self.device.type != "cuda" or not len(largest.ids):
+            return False
+        peak = torch.cuda.max_memory_reserved(self.device)
+        cache_bytes = len(cache) * 3 * self.store.layout.width * 4
+        needed = observed_view_row_bytes(peak, cache_bytes, len(largest.ids), largest.pixels)
+        if needed < 1.1 * self._view_row_bytes:
+            return False
+        self._view_row_bytes = needed
+        return True
 
     def move_to(self, device: torch.device) -> None:
         self.settle()

@@ -16,9 +16,6 @@ from gsscale_nerfstudio.store.order import morton_order
 UNBOUNDED_ROWS = 1 << 28
 """Address space taken when the user names no capacity; physical memory is the limit then."""
 
-_MOVE_ROWS = 1 << 18
-"""Rows moved at a time: bounds the temporary of a fancy-indexed copy (64 MiB at SH degree 3)."""
-
 
 class HostStore:
     """All rows in three arrays of equal row width: ``params``, ``exp_avg``, ``exp_avg_sq``.
@@ -146,8 +143,7 @@ class HostStore:
         first = self._n
         self.resize(first + len(ids))
         new = torch.arange(first, self._n)
-        for s, t in zip(ids.split(_MOVE_ROWS), new.split(_MOVE_ROWS), strict=True):
-            self.params[t] = self.params[s]
+        _C.copy_rows(self.params.numpy(), ids.numpy(), new.numpy())
         self._unsorted += len(ids)
         return new
 
@@ -157,10 +153,13 @@ class HostStore:
         self.exp_avg_sq[ids] = 0
 
     def copy_rows(self, source: Tensor, target: Tensor) -> None:
-        """Copy whole rows (parameters, moments, bookkeeping) from ids ``source`` to ``target``."""
+        """Copy whole rows (parameters, moments, bookkeeping); nothing else is allocated.
+
+        Args:
+            source, target: [k] int64; no id is in both, or twice in ``target``.
+        """
         for array in (self.params, self.exp_avg, self.exp_avg_sq):
-            for s, t in zip(source.split(_MOVE_ROWS), target.split(_MOVE_ROWS), strict=True):
-                array[t] = array[s]
+            _C.copy_rows(array.numpy(), source.numpy(), target.numpy())
 
     def remove(self, mask: Tensor) -> None:
         """Remove the rows where ``mask`` [n] is True; rows from the end fill the holes."""

@@ -85,9 +85,9 @@ def test_all_runs_in_one_file(bench):
     runs = bench.runs()
     assert [(run.method, run.engine, run.seed) for run in runs] == [
         ("splatfacto", None, 42),
-        ("gsscale", "host", 42),
+        ("gsscale", "auto", 42),
         ("splatfacto", None, 43),
-        ("gsscale", "host", 43),
+        ("gsscale", "auto", 43),
     ]
     assert runs[1].overrides == ["a=1", "b=2"]
     for run in runs:
@@ -239,7 +239,7 @@ def test_the_real_child_command_is_what_run_one_takes(colmap_scene, tmp_path):
     )
     assert (splatfacto.method, splatfacto.engine) == ("splatfacto", None)
     assert splatfacto.overrides == ("a=1",)
-    assert (gsscale.method, gsscale.engine) == ("gsscale", "host")
+    assert (gsscale.method, gsscale.engine) == ("gsscale", "auto")
     assert gsscale.overrides == ("a=1", "b=x y")
     assert gsscale.dataparser_overrides == ("eval-interval=4",)
     assert (gsscale.result, gsscale.progress) == (files.result, files.progress)

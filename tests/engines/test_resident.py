@@ -11,6 +11,7 @@ from gsscale_nerfstudio.cull import Culler
 from gsscale_nerfstudio.densify import RowStrategy
 from gsscale_nerfstudio.engines import Budget, ResidentEngine
 from gsscale_nerfstudio.engines import make_engine as engine_of
+from gsscale_nerfstudio.engines.budget import observed_view_row_bytes
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import HostStore, RowLayout
@@ -238,6 +239,10 @@ def test_budgets():
     assert eight - four == pytest.approx(4e9 / 768, abs=2)
     assert 0 < four < 4e9 / 768
     assert Budget(0.5).cache_rows(cpu, 768, 1000, 1000) == 0
+    # What is observed with a cache of so many rows is what leaves room for just these.
+    needed = observed_view_row_bytes(int(4e9) - (600 << 20), four * 768, 10**6, 3 * 10**6)
+    again = Budget(4).cache_rows(cpu, 768, 10**6, 3 * 10**6, needed)
+    assert again == pytest.approx(four, rel=1e-6)
 
 
 def test_refused_without_a_gpu(monkeypatch):
