@@ -128,18 +128,18 @@ def test_a_result_left_by_an_earlier_call_is_not_taken(bench, tmp_path):
 
 def test_the_tail_of_the_log_is_shown(bench):
     child = "print('\\x1b[31mred\\x1b[0m'); print('0%\\r50%\\r100%'); raise SystemExit('the cause')"
-    bench.run({"gsscale-host-seed42": child})
+    bench.run({"gsscale-auto-seed42": child})
     for line in ("red", "100%", "the cause"):
         assert line in bench.text
     assert "50%" not in bench.text and "\x1b[31m" not in bench.text
 
 
 def test_append_does_what_is_missing(bench):
-    assert bench.run({"gsscale-host-seed42": "raise SystemExit(1)"}) == 1
+    assert bench.run({"gsscale-auto-seed42": "raise SystemExit(1)"}) == 1
     first = bench.output.read_text()
     bench.started.clear()
     assert bench.run(append=bench.output, seeds=(42, 43)) == 0
-    assert bench.started == ["gsscale-host-seed42", "splatfacto-seed43", "gsscale-host-seed43"]
+    assert bench.started == ["gsscale-auto-seed42", "splatfacto-seed43", "gsscale-auto-seed43"]
     assert len(bench.runs()) == 4 and all(run.error is None for run in bench.runs())
     assert len(results.load(bench.output).command.splitlines()) == 2
     assert bench.output.read_text() != first
@@ -182,7 +182,7 @@ def test_parallel_runs_are_not_timings(bench):
         while len([n for n in os.listdir(folder) if n.endswith(".here")]) < 2:
             time.sleep(0.01)
     """)
-    labels = ("splatfacto-seed42", "gsscale-host-seed42")
+    labels = ("splatfacto-seed42", "gsscale-auto-seed42")
     assert bench.run({label: meet + WRITE for label in labels}, parallel=2, timeout=10) == 0
     for run in bench.runs():
         assert run.it_per_s_last_1000 is None and run.wall_s is None and run.timed_steps is None
@@ -215,7 +215,7 @@ def test_an_interrupt_ends_the_children_and_keeps_the_results(bench, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(children.progress_file, "read", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            bench.run({"gsscale-host-seed42": hang})
+            bench.run({"gsscale-auto-seed42": hang})
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
     assert [run.method for run in bench.runs()] == ["splatfacto"]
@@ -244,7 +244,7 @@ def test_the_real_child_command_is_what_run_one_takes(colmap_scene, tmp_path):
     assert gsscale.dataparser_overrides == ("eval-interval=4",)
     assert (gsscale.result, gsscale.progress) == (files.result, files.progress)
     assert (gsscale.steps, gsscale.seed, gsscale.images) == (100, 42, 3)
-    assert gsscale.name == "park-gsscale-host-seed42"
+    assert gsscale.name == "park-gsscale-auto-seed42"
 
 
 @pytest.mark.parametrize("name", ["compare.py", "merge.py", "report.py", "run_one.py"])

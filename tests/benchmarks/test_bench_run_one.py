@@ -89,10 +89,10 @@ def test_unknown_names_are_refused(ns_config, colmap_scene, capsys):
         ns_config.parse(arguments(ns_config, colmap_scene, ["pipeline.model.nope=1"]))
     assert "nope" in capsys.readouterr().err, "the reason must stand in the log"
     with pytest.raises(ns_config.ConfigError, match="no method"):
-        ns_config.engine_arguments("nope", "host")
+        ns_config.engine_arguments("nope", "auto")
     with pytest.raises(ns_config.ConfigError, match="engine 'resident'"):
         ns_config.engine_arguments("splatfacto", "resident")
-    assert ns_config.engine_arguments("splatfacto", "host") == []
+    assert ns_config.engine_arguments("splatfacto", "auto") == []
     assert ns_config.engine_arguments("splatfacto", None) == []
 
 
