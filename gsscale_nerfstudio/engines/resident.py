@@ -108,7 +108,7 @@ class ResidentEngine(HostEngine):
         self._current: _Prepared | None = None
         self._rows_done: Mark = None
         self._expected: dict[int, View] = {}  # by number: views that the cache was told of
-        self._warned = False
+        self._warned = self._told = False
         self._view_rows = 0  # rows of a view that the cache was made for
         self._largest = _Prepared(torch.empty(0), 0, 0, None)  # of the views so far
         self._view_row_bytes = float(VIEW_ROW_BYTES)
@@ -231,6 +231,12 @@ class ResidentEngine(HostEngine):
 
         self._cache = RowCache(self.store, self.device, slots)
         self._cache_limit = limit
+        if not self._told:
+            self._told = True
+            CONSOLE.print(
+                f"gsscale: engine resident. The GPU has room for {limit:,} Gaussians with their "
+                "Adam state; beyond that the least needed ones wait in host memory."
+            )
         if self.device.type == "cuda":
             # Its memory may have been another stream's, which has to be done with it.
             torch.cuda.synchronize(self.device)
