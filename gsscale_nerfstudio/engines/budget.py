@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-VIEW_ROW_BYTES = 1100
+_VIEW_ROW_BYTES = 1100
 """Device memory of a row while its view is trained, beside its place in the cache: leaves and
 their gradients (472 bytes at SH degree 3), projection, sorting, their gradients. A guess to start
 with: it depends on how many tiles of the image a row covers."""
@@ -21,6 +21,11 @@ _HEADROOM = 0.9
 """Share of the free memory that is taken when the user names no budget."""
 
 
+def view_bytes(view_rows: int, pixels: int) -> int:
+    """Device memory that a view of so many rows and pixels is expected to need in training."""
+    return view_rows * _VIEW_ROW_BYTES + pixels * _PIXEL_BYTES
+
+
 @dataclass(frozen=True)
 class Budget:
     """GPU memory that training may take in all, CUDA's own included.
@@ -32,12 +37,7 @@ class Budget:
     gigabytes: float | None = None
 
     def cache_rows(
-        self,
-        device: torch.device,
-        row_bytes: int,
-        view_rows: int,
-        pixels: int,
-        view_row_bytes: float = VIEW_ROW_BYTES,
+        self, device: torch.device, row_bytes: int, view_rows: int, pixels: int, observed: int = 0
     ) -> int:
         """How many rows a cache may hold beside what a view needs while it is trained.
 
@@ -48,7 +48,7 @@ class Budget:
             row_bytes: bytes of a row in the cache.
             view_rows: rows of the largest view.
             pixels: of its image.
-            view_row_bytes: what each row of a view needs; see :func:`observed_view_row_bytes`.
+            observed: bytes that were in use beside the cache and :func:`view_bytes`, so far.
         """
         available, taken = float("inf"), 0
         if device.type == "cuda":
@@ -57,18 +57,6 @@ class Budget:
             available = _HEADROOM * (free + torch.cuda.memory_reserved(device))
         if self.gigabytes is not None:
             available = min(available, self.gigabytes * 1e9 - _CONTEXT_BYTES)
-        needed = taken + view_rows * view_row_bytes + pixels * _PIXEL_BYTES
+        needed = view_bytes(view_rows, pixels) + max(taken, observed)
         # Rows are numbered by 32 bits.
         return int(max(0, min((available - needed) / row_bytes, 2**31 - 1)))
-
-
-def observed_view_row_bytes(peak: int, cache_bytes: int, view_rows: int, pixels: int) -> float:
-    """What a row of a view has needed, from the most that torch has reserved so far.
-
-    Args:
-        peak: bytes.
-        cache_bytes: of them, in the cache.
-        view_rows: rows of the largest view so far.
-        pixels: of its image.
-    """
-    return (peak - cache_bytes - pixels * _PIXEL_BYTES) / max(1, view_rows)

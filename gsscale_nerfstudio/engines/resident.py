@@ -13,11 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.budget import (
-    VIEW_ROW_BYTES,
-    Budget,
-    observed_view_row_bytes,
-)
+from gsscale_nerfstudio.engines.budget import Budget, view_bytes
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
@@ -111,7 +107,7 @@ class ResidentEngine(HostEngine):
         self._warned = self._told = False
         self._view_rows = 0  # rows of a view that the cache was made for
         self._largest = _Prepared(torch.empty(0), 0, 0, None)  # of the views so far
-        self._view_row_bytes = float(VIEW_ROW_BYTES)
+        self._observed = 0  # bytes in use beside the cache and what that view should need
 
     # -- before the step -------------------------------------------------------------------------
 
@@ -183,7 +179,7 @@ class ResidentEngine(HostEngine):
         if len(prepared.ids) > len(self._largest.ids):
             self._largest = replace(prepared, admission=None)
         admission = prepared.admission
-        moved = (admission.missed + admission.written) * 3 * self.store.layout.width * 4
+        moved = (admission.missed + admission.written) * self._row_bytes
         self._count(len(prepared.ids), admission.missed, moved)
         # The rows must have arrived before they are read.
         wait_in_stream(admission.ready, self.device)
@@ -220,17 +216,16 @@ class ResidentEngine(HostEngine):
         self._depth = 2
         # Views differ; a larger one than expected costs a new cache.
         self._view_rows = max(self._view_rows, n + n // 4)
-        row_bytes = 3 * self.store.layout.width * 4
         limit = self.budget.cache_rows(
-            self.device, row_bytes, self._view_rows, pixels, self._view_row_bytes
+            self.device, self._row_bytes, self._view_rows, pixels, self._observed
         )
+        self._limit, self._limit_observed = limit, self._observed
         slots = min(limit, len(self.store) + len(self.store) // 4)
         if slots < n:
             return
         from gsscale_nerfstudio.engines.cache import RowCache
 
         self._cache = RowCache(self.store, self.device, slots)
-        self._cache_limit = limit
         if not self._told:
             self._told = True
             CONSOLE.print(
@@ -341,26 +336,26 @@ class ResidentEngine(HostEngine):
     def rows_changed(self) -> None:
         super().rows_changed()
         if self._caching and self._cache is not None:
-            needs_more = self._learn_needs(self._cache)
-            enough = min(len(self.store), self._cache_limit) <= len(self._cache)
-            if enough and not needs_more:
+            self._observe_needs(len(self._cache))
+            # A little over is let be: a new cache costs more.
+            room = self._limit - (self._observed - self._limit_observed) // self._row_bytes
+            if min(len(self.store), room) <= len(self._cache) <= 1.03 * room:
                 self._cache.forget()
                 self._expected.clear()
             else:
                 self._drop_cache()
 
-    def _learn_needs(self, cache: RowCache) -> bool:
-        """Whether views turn out to need clearly more memory than the cache was made for."""
-        largest = self._largest
-        if self.device.type != "cuda" or not len(largest.ids):
-            return False
-        peak = torch.cuda.max_memory_reserved(self.device)
-        cache_bytes = len(cache) * 3 * self.store.layout.width * 4
-        needed = observed_view_row_bytes(peak, cache_bytes, len(largest.ids), largest.pixels)
-        if needed < 1.1 * self._view_row_bytes:
-            return False
-        self._view_row_bytes = needed
-        return True
+    def _observe_needs(self, cache_rows: int) -> None:
+        """Learn from the peak so far: what a row needs depends on how many tiles it covers."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device)
+            expected = view_bytes(len(self._largest.ids), self._largest.pixels)
+            in_use = peak - cache_rows * self._row_bytes - expected
+            self._observed = max(self._observed, in_use)
+
+    @property
+    def _row_bytes(self) -> int:
+        return 3 * self.store.layout.width * 4
 
     def move_to(self, device: torch.device) -> None:
         self.settle()

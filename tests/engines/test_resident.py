@@ -11,7 +11,6 @@ from gsscale_nerfstudio.cull import Culler
 from gsscale_nerfstudio.densify import RowStrategy
 from gsscale_nerfstudio.engines import Budget, ResidentEngine
 from gsscale_nerfstudio.engines import make_engine as engine_of
-from gsscale_nerfstudio.engines.budget import observed_view_row_bytes
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import HostStore, RowLayout
@@ -239,10 +238,8 @@ def test_budgets():
     assert eight - four == pytest.approx(4e9 / 768, abs=2)
     assert 0 < four < 4e9 / 768
     assert Budget(0.5).cache_rows(cpu, 768, 1000, 1000) == 0
-    # What is observed with a cache of so many rows is what leaves room for just these.
-    needed = observed_view_row_bytes(int(4e9) - (600 << 20), four * 768, 10**6, 3 * 10**6)
-    again = Budget(4).cache_rows(cpu, 768, 10**6, 3 * 10**6, needed)
-    assert again == pytest.approx(four, rel=1e-6)
+    less = Budget(4).cache_rows(cpu, 768, 10**6, 3 * 10**6, observed=768 * 1000)
+    assert less == four - 1000
 
 
 def test_refused_without_a_gpu(monkeypatch):
@@ -253,3 +250,19 @@ def test_refused_without_a_gpu(monkeypatch):
     with pytest.raises(GSScaleError, match="host"):
         drive(engine, 1)
     assert isinstance(engine_of("auto", store, None), ResidentEngine)
+
+
+def test_a_cache_makes_room_for_what_views_turn_out_to_need():
+    """After densification; a little over is let be, and more rows than it has slots are not."""
+    layout = RowLayout(1)
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", ROWS // 2)
+    drive(engine, 3)
+    cache = engine._cache
+    engine.rows_changed()
+    assert engine._cache is cache and cache.table.in_use == 0
+    engine._observed += engine._row_bytes * len(cache) // 100
+    engine.rows_changed()
+    assert engine._cache is cache
+    engine._observed += engine._row_bytes * len(cache) // 10
+    engine.rows_changed()
+    assert engine._cache is None
