@@ -73,14 +73,14 @@ class ResidentEngine(HostEngine):
         store: the rows.
         device: where the rasterizer runs.
         budget: how much GPU memory may be used.
-        required: refuse to train without a cache on a machine that cannot have one.
+        fallback: be the host engine on a machine without a GPU, instead of refusing to train.
     """
 
     def __init__(
-        self, store: HostStore, device: torch.device, budget: Budget, required: bool = False
+        self, store: HostStore, device: torch.device, budget: Budget, fallback: bool = False
     ) -> None:
         self.budget = budget
-        self.required = required
+        self.fallback = fallback
         self._caching = False
         self._cache: RowCache | None = None
         self._blocked = False  # an announced view was not admitted
@@ -88,9 +88,10 @@ class ResidentEngine(HostEngine):
         super().__init__(store, device)
 
     def _start_training(self) -> None:
-        self._caching = kernels_run_on(self.device)
+        on_gpu = self.device.type == "cuda"
+        self._caching = on_gpu or (kernels_run_on(self.device) and not self.fallback)
         if not self._caching:
-            if self.required:
+            if not self.fallback:
                 raise GSScaleError(
                     "the resident engine keeps Gaussians in GPU memory and there is no GPU; use "
                     "--pipeline.model.engine host (or auto)"

@@ -31,6 +31,7 @@ def command(name: str, *args: object) -> str:
         # CPU: compiling splatfacto's helpers would take longer than the run.
         env={
             **os.environ,
+            "TRITON_INTERPRET": "0",  # set for tests of kernels; users run without them on a CPU
             "CUDA_VISIBLE_DEVICES": "",
             "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
