@@ -1,0 +1,87 @@
+"""Compile every Triton kernel for a GPU that need not be there; run as a script.
+
+    python tests/compile_kernels.py 90
+
+Prints a line per kernel: its name, and the bytes of machine code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gsscale_nerfstudio.engines import kernels, staging_kernels
+from gsscale_nerfstudio.loss import fused
+
+INT_POINTERS = {"slots", "rows_of", "moves", "positions", "group_of"}
+INTEGERS = {"n", "step", "height", "width"}
+FLOATS = {
+    "log2_beta1",
+    "log2_beta2",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "inv_sqrt_bias2",
+    "l1_weight",
+    "ssim_weight",
+}
+ROWS = {
+    "SH": 11,
+    "OPTIMIZED": 59,
+    "HORIZON": 264,
+    "GROUPS": 8,
+    "WIDTH": 64,
+    "COLUMNS": 64,
+    "STAMP": 59,
+    "GRAD2D": 60,
+    "COUNT": 61,
+    "MAX_RADIUS": 62,
+    "ROWS": 16,
+}
+LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}
+KERNELS = [
+    (kernels.exchange_rows, ROWS),
+    (kernels.gather_leaves, {**ROWS, "FROM_HOST": False}),
+    (kernels.gather_leaves, {**ROWS, "FROM_HOST": True}),
+    (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True}),
+    (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True}),
+    (staging_kernels.unpack_rows, {**ROWS, "SCATTER": True}),
+    (fused._forward_kernel, {**LOSS, "STORE_MAPS": True}),
+    (fused._backward_kernel, LOSS),
+]
+
+
+def type_of(name: str, kernel: Any) -> str:
+    if name in INTEGERS or name.endswith("stride"):
+        return "i32"
+    if name in FLOATS:
+        return "fp32"
+    # unpack_rows calls its rows `rows`; they are floats there, and ids in gather_leaves.
+    ids = name in INT_POINTERS or (name == "rows" and kernel is kernels.gather_leaves)
+    return "*i32" if ids else "*fp32"
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], capability: int) -> int:
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {
+        name: "constexpr" if name in constants else type_of(name, kernel) for name in names
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return len(compiled.asm["cubin"])
+
+
+if __name__ == "__main__":
+    for kernel, constants in KERNELS:
+        print(kernel.__name__, compile_kernel(kernel, constants, int(sys.argv[1])))
