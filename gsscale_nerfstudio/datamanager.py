@@ -83,7 +83,15 @@ class GSScaleDatamanager(FullImageDatamanager):
         self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]
     ) -> list[dict[str, Tensor]]:
         with _explained(self.config.data):
-            return super()._load_images(split, cache_images_device)
+            images = super()._load_images(split, cache_images_device)
+        for data in images:
+            # Undistortion cuts images out of larger ones. Their rows lie apart, and the copy to the
+            # device would first gather them in ordinary memory, at every step.
+            if not data["image"].is_contiguous():
+                pinned = data["image"].is_pinned()
+                whole = data["image"].contiguous()
+                data["image"] = whole.pin_memory() if pinned else whole
+        return images
 
 
 class Uploads:

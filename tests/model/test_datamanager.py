@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
+from nerfstudio.data.datamanagers.full_images_datamanager import (
+    FullImageDatamanager,
+    FullImageDatamanagerConfig,
+)
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
@@ -49,3 +52,19 @@ def test_what_is_handed_out_is_not_the_cached_dictionary(tmp_path):
         _, data = ours.next_train(step)
         data.clear()
     assert all("image" in cached for cached in ours.cached_train)
+
+
+def test_images_that_were_cut_out_are_stored_in_one_piece(tmp_path, monkeypatch):
+    _, ours = managers(runs.tiny_scene(tmp_path / "scene"))
+    base = FullImageDatamanager._load_images
+
+    def cut(self, *arguments):
+        images = base(self, *arguments)
+        for data in images:
+            data["image"] = data["image"][:-1, :-1]
+        return images
+
+    monkeypatch.setattr(FullImageDatamanager, "_load_images", cut)
+    images = ours._load_images("train", "gpu")
+    assert all(data["image"].is_contiguous() for data in images)
+    assert images[0]["image"].shape == (47, 63, 3)
