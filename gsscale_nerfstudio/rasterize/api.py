@@ -8,9 +8,6 @@ from torch import Tensor
 from .reference import rasterize_reference
 from .rendering import Rendering, empty_rendering
 
-_TILE = 16
-"""Pixels along the side of gsplat's tiles."""
-
 
 def rasterize(
     means: Tensor,
@@ -93,17 +90,18 @@ def _rasterize_gsplat(
     far: float,
     camera_position: Tensor | None,
 ) -> Rendering:
-    # Imported here: a machine without CUDA can do without gsplat's kernels, not even build them.
+    # Imported here: a machine without CUDA can do without gsplat's kernels, not even build them,
+    # and without Triton.
     from gsplat.cuda._wrapper import (
         fully_fused_projection,
-        isect_offset_encode,
-        isect_tiles,
         rasterize_to_pixels,
         spherical_harmonics,
     )
 
+    from .tile_lists import TILE, tile_lists
+
     # What gsplat.rasterization does for one camera, without its waiting for the device to invert
-    # the pose, and without a copy of what it does not change.
+    # the pose, without a copy of what it does not change, and with fewer tiles per Gaussian.
     radii, means2d, depths, conics, compensations = fully_fused_projection(
         means,
         None,
@@ -134,8 +132,9 @@ def _rasterize_gsplat(
         channels = torch.clamp_min(channels + 0.5, 0.0)
     if depth:
         channels = torch.cat([channels, depths[..., None]], dim=-1)
-    columns, rows = -(-width // _TILE), -(-height // _TILE)
-    _, intersections, order = isect_tiles(means2d, radii, depths, _TILE, columns, rows)
+    # In gsplat's own function for them the host waits for the device without letting other Python
+    # threads run.
+    lists = tile_lists(means2d[0], radii[0], depths[0], conics[0], opacities[0], width, height)
     image, alpha = rasterize_to_pixels(
         means2d,
         conics,
@@ -143,9 +142,9 @@ def _rasterize_gsplat(
         opacities,
         width,
         height,
-        _TILE,
-        isect_offset_encode(intersections, 1, columns, rows),
-        order,
+        TILE,
+        lists.offsets,
+        lists.gaussians,
         absgrad=absgrad,
     )
     return Rendering(

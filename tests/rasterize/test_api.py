@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gsscale_nerfstudio.rasterize import tile_lists
 from gsscale_nerfstudio.rasterize.api import _rasterize_gsplat
 
 from .scenes import camera, draw, scene
@@ -35,9 +36,11 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
         assert dirs.shape == (1, 3, 3) and coeffs.shape == (1, 3, 16, 3)
         return coeffs[:, :, 0] - 100
 
-    def tiles(means2d: Tensor, its_radii: Tensor, depths: Tensor, *grid: int):
-        asked["tiles"] = {"radii": its_radii.shape, "grid": grid}
-        return None, "intersections", "order"
+    def lists(means2d, its_radii, depths, conics, opacities, *size: int):
+        assert means2d.shape == (3, 2) and depths.shape == (3,) and conics.shape == (3, 3)
+        asked["lists"] = {"radii": its_radii.shape, "size": size}
+        asked["opacities"] = opacities
+        return tile_lists.TileLists("offsets", "gaussians")
 
     def pixels(means2d, conics, channels, opacities, width, height, *rest, absgrad: bool):
         asked["pixels"] = {"rest": rest, "absgrad": absgrad, "opacities": opacities}
@@ -48,11 +51,10 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
     for name, function in {
         "fully_fused_projection": projection,
         "spherical_harmonics": harmonics,
-        "isect_tiles": tiles,
-        "isect_offset_encode": lambda *arguments: ("offsets", *arguments),
         "rasterize_to_pixels": pixels,
     }.items():
         monkeypatch.setattr(gsplat.cuda._wrapper, name, function)
+    monkeypatch.setattr(tile_lists, "tile_lists", lists)
     gaussians, view = scene(3, sh_degree=2).to(torch.float32).leaves(), camera(40, 50)
     *tensors, sh_degree = gaussians
     rendering = _rasterize_gsplat(
@@ -69,6 +71,7 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
 
     opacities = asked["pixels"].pop("opacities")
     assert torch.equal(opacities[0], tensors[3] * (0.5 if antialiased else 1))
+    assert torch.equal(asked.pop("opacities"), opacities[0])
     assert asked == {
         "projection": {
             "covars": None,
@@ -78,8 +81,8 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
             "calc_compensations": antialiased,
         },
         "harmonics": {"degree": 2, "masks": [[True, False, True]]},
-        "tiles": {"radii": (1, 3, 2) if two_radii else (1, 3), "grid": (16, 3, 4)},
-        "pixels": {"rest": (16, ("offsets", "intersections", 1, 3, 4), "order"), "absgrad": True},
+        "lists": {"radii": (3, 2) if two_radii else (3,), "size": (40, 50)},
+        "pixels": {"rest": (16, "offsets", "gaussians"), "absgrad": True},
     }
     assert rendering.rgb.shape == (50, 40, 3) and rendering.alpha.shape == (50, 40, 1)
     if depth:  # accumulated depth, divided by the accumulated opacity, half of it
