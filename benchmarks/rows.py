@@ -1,9 +1,10 @@
-"""Nanoseconds per row of the row kernels and the culler, beside what the memory allows.
+"""Nanoseconds per row of the row kernels and the culler, beside what memory and link allow.
 
     python benchmarks/rows.py --scene DIR --rows 20000000 --visible 0.08
 
-The floor of a kernel is the time in which this machine's memory, at the rate measured in the same
-run, moves the bytes that the kernel's task needs.
+The floor of a kernel is the time in which this machine's memory, its GPU's or the link between
+them, at the rate measured in the same run, moves the bytes that the kernel's task needs. Where
+there is no GPU, its part is left out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from benchmarks.step_table import say, show
 from benchmarks.tables import TextTable, describe_machine
 
 if TYPE_CHECKING:
-    from benchmarks.rows_host import Measurement
+    import torch
+
+    from benchmarks.rows_host import HostRows, Measurement
 
 KIND = "rows"
 RESULTS = machine_info.ROOT / "docs" / "results"
@@ -49,9 +52,10 @@ USER_ERRORS = (
     results.ResultsError,
 )
 LEGEND = """\
-GB/s: bytes that the task needs (read + written) over the time. of memory: share of the faster of
-copy and in-place scaling. floor: ns per row at that rate. Caches can make a kernel faster than it.
-settle: all rows; settle + step and gather_settled: a view's; cull: all rows, ms of one view."""
+GB/s: bytes that the task needs (read + written) over the time. of rate: share of the faster of
+copy and in-place scaling (host), of device_copy (gpu), of h2d, d2h or duplex copies (link: read,
+write back, both). floor: ns per row at that rate. Caches can make a kernel faster than it.
+settle: all rows; cull: all rows, ms of one view; the others: a view's rows."""
 
 
 @dataclass
@@ -109,7 +113,7 @@ def table(report: dict[str, Any]) -> TextTable:
         "floor ns/row",
         "bytes/row",
         "GB/s",
-        "of memory",
+        "of rate",
     ]
     rows = [
         [
@@ -136,6 +140,31 @@ def to_dict(measurement: Measurement, rate: float) -> dict[str, Any]:
         "bytes_per_s": measurement.bytes_per_s,
         "share_of_memory_rate": measurement.bytes_per_s / rate,
         "floor_ns_per_row": measurement.bytes_per_row / rate * 1e9,
+    }
+
+
+def gpu_part(host: HostRows, console: Console) -> dict[str, Any] | None:
+    """Rates of the GPU and its link, and its kernels beside them; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        console.print("the GPU's part is left out: there is no GPU")
+        return None
+    console.print("measuring the GPU and its link")
+    return measure_gpu(host, torch.device("cuda"))
+
+
+def measure_gpu(host: HostRows, device: torch.device) -> dict[str, Any]:
+    """:func:`gpu_part` on any device."""
+    from benchmarks.rows_gpu import GpuRows, measure_rates
+
+    rates = dataclasses.asdict(measure_rates(device))
+    return {
+        "rates_bytes_per_s": rates,
+        "kernels": [
+            {**to_dict(one.measurement, rates[one.rate]), "rate": one.rate}
+            for one in GpuRows(host, device).measure()
+        ],
     }
 
 
@@ -173,7 +202,7 @@ def measure(args: RowsArgs, console: Console) -> dict[str, Any]:
     console.print(f"making {args.rows:,} rows")
     host = HostRows(scene, args.views)
     console.print("measuring the kernels")
-    report = {
+    report: dict[str, Any] = {
         "kind": KIND,
         "scene": scene_name,
         "rows": args.rows,
@@ -186,16 +215,23 @@ def measure(args: RowsArgs, console: Console) -> dict[str, Any]:
         "commit": commit,
         "command": args.command(threads),
         "kernels": [to_dict(one, max(rates.values())) for one in host.measure()],
+        "gpu": gpu_part(host, console),
     }
     results.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     say(f"{scene_name}, {args.rows:,} rows, {report['visible_share']:.1%} visible", console)
     say(f"{describe_machine(machine)}; {threads} threads", console)
-    shown = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items())
-    say(f"memory, read + written: {shown}", console)
+    say(f"memory, read + written: {_shown(rates)}", console)
     show(table(report), console)
+    if report["gpu"] is not None:
+        say(f"GPU and link: {_shown(report['gpu']['rates_bytes_per_s'])}", console)
+        show(table(report["gpu"]), console)
     say(LEGEND, console)
     console.print(f"written to {escape(str(path))}")
     return report
+
+
+def _shown(rates: dict[str, float]) -> str:
+    return ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items())
 
 
 def main() -> int:

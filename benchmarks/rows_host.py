@@ -6,7 +6,7 @@ Import this module only after ``OMP_NUM_THREADS`` was set: the kernels' threads 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -39,7 +39,7 @@ class Measurement:
 
     Attributes:
         kernel: its name.
-        side: ``host`` or ``gpu``.
+        side: ``host``, ``gpu`` or ``link``: whose memory, or what between them, limits it.
         rows: rows that one call was given, on average.
         ms: median over calls.
         bytes_per_row: read + written, as far as the task itself needs it.
@@ -156,7 +156,7 @@ class HostRows:
         """A view's rows to staging: id and three rows read, one row written."""
         out = torch.empty(self._most_visible(), self.layout.width).fill_(0.0)
         times, rows = [], []
-        for ids in self._visible_ids():
+        for ids in self.visible_ids():
             start = time.perf_counter()
             _C.gather_settled(self.store.kernel_rows, self.history.tables, ids.numpy(), out.numpy())
             times.append(time.perf_counter() - start)
@@ -169,7 +169,7 @@ class HostRows:
         grads[:, self.layout.optimized :] = 0.0
         per_column = np.append(self.lrs, 0.0)[self.layout.group_of_column].astype(np.float32)
         times, rows = [], []
-        for ids in self._visible_ids():
+        for ids in self.visible_ids():
             start = time.perf_counter()
             _C.settle_and_step(
                 self.store.kernel_rows,
@@ -198,9 +198,14 @@ class HostRows:
             "cull", "host", self.n, median(times) * 1e3, sum(needed) / len(needed) / self.n
         )
 
+    def visible_ids(self) -> Iterator[Tensor]:
+        """Rows [n] int32 of each view; valid until the next ones are asked for."""
+        for view in self.views:
+            yield self.culler.cull(view, self.n, out=self.ids)
+
     def visible_share(self) -> float:
         """Mean share of the rows that the views see."""
-        return sum(len(ids) for ids in self._visible_ids()) / (len(self.views) * self.n)
+        return sum(len(ids) for ids in self.visible_ids()) / (len(self.views) * self.n)
 
     def measure(self) -> list[Measurement]:
         """All kernels."""
@@ -210,12 +215,8 @@ class HostRows:
     def _row_bytes(self) -> int:
         return 4 * self.layout.width
 
-    def _visible_ids(self) -> Any:
-        for view in self.views:
-            yield self.culler.cull(view, self.n, out=self.ids)
-
     def _most_visible(self) -> int:
-        return max(len(ids) for ids in self._visible_ids())
+        return max(len(ids) for ids in self.visible_ids())
 
     def _per_view(
         self, kernel: str, rows: list[int], times: list[float], bytes_per_row: float

@@ -1,4 +1,4 @@
-"""Three passes over the same steps: how long they take, what they consist of, how busy the GPU is.
+"""Passes over the same steps: how long they take, what they consist of, what the GPU waits for.
 
 They are separate so that measuring one doesn't slow the other: the first does nothing between its
 ends but record an event a step.
@@ -6,10 +6,8 @@ ends but record an event a step.
 
 from __future__ import annotations
 
-import itertools
 import json
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, median
@@ -17,6 +15,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.clock import Clock
+from benchmarks.exposed import exposed_transfer
 from benchmarks.host_memory import peak_host_bytes
 from benchmarks.progress import ProgressFile
 from benchmarks.step_methods import Method
@@ -26,35 +26,6 @@ PHASE_STEPS = 10
 PROFILED_STEPS = 5
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of a trace's events that occupy the GPU."""
-
-
-class Clock:
-    """Marks on the device's time line: events of the current stream, or the host's time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        """A point in time; on a GPU the moment at which all work queued so far is done."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self, marks: list[Any]) -> list[float]:
-        """Times between consecutive marks; the GPU must have passed the last one."""
-        pairs = itertools.pairwise(marks)
-        if self.cuda:
-            return [a.elapsed_time(b) for a, b in pairs]
-        return [(b - a) * 1e3 for a, b in pairs]
-
-    def synchronize(self) -> float:
-        """Wait for the GPU. Returns the host's time."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
 
 UPCOMING = 24
 """Views that a method is told of in advance, like those of an epoch are known to a data manager."""
@@ -86,7 +57,8 @@ def measure(
         queue is empty at both ends and nowhere else), memory peaks from the first warm-up step to
         the last timed one, ``counters`` per timed step; then ``forward_ms``, ``backward_ms``,
         ``optimizer_ms`` and ``visible_rows`` of a second pass with marks inside of the steps; then
-        ``gpu_busy_ms`` per step and ``gpu_busy_share`` of a third one under torch's profiler.
+        ``exposed_transfer_ms`` of a third one with marks around the waits for the link; then
+        ``gpu_busy_ms`` per step and ``gpu_busy_share`` of a fourth one under torch's profiler.
     """
     clock = Clock(device)
     clock.synchronize()
@@ -118,6 +90,8 @@ def measure(
     }
     progress.phase("phases", steps)
     result.update(_phases(method, order, clock))
+    progress.phase("waits", steps)
+    result.update(exposed_transfer(method, order, clock))
     progress.phase("profiling", steps)
     result.update(gpu_busy(method, order, clock))
     return result

@@ -15,8 +15,12 @@ LEGEND = """\
 ms: median and mean of a step over the timed window. speed, memory: multiples of splatfacto's ms
 (mean) and allocated GPU GB. forward (with the loss), backward, optimizer: medians of a second pass,
 between CUDA events of the current stream; waiting for other streams or the host is part of them.
-GPU busy: union of kernels and copies under the profiler. GPU GB, host GB: peaks of a training,
-10^9 bytes, with one image. visible: rows drawn, or (gsscale) brought by the culler."""
+exposed: median time in which the current stream waits for rows on the link; what kernels read over
+it themselves (hot rows of the host engine) is in forward. cull: the worker's time to cull the view
+that comes next. missed: share of a view's rows that were not on the device (host engine: not handed
+on by the view before). GPU busy: union of kernels and copies under the profiler. GPU GB, host GB:
+peaks of a training, 10^9 bytes, with one image. visible: rows drawn, or (gsscale) brought by the
+culler."""
 
 
 def step_table(report: dict[str, Any]) -> TextTable:
@@ -29,6 +33,9 @@ def step_table(report: dict[str, Any]) -> TextTable:
         "forward",
         "backward",
         "optimizer",
+        "exposed",
+        "cull",
+        "missed",
         "GPU busy",
         "GPU GB",
         "reserved",
@@ -42,6 +49,9 @@ def step_table(report: dict[str, Any]) -> TextTable:
     for run in runs:
         speed = _ratio(base.get("ms_mean"), run["ms_mean"])
         memory = _ratio(run["peak_gpu_allocated_bytes"], base.get("peak_gpu_allocated_bytes"))
+        counters = run["counters"] or {}
+        cull_s = counters.get("cull_s")
+        missed = _ratio(counters.get("rows_missed"), counters.get("rows"))
         rows.append(
             [
                 run["method"],
@@ -49,6 +59,9 @@ def step_table(report: dict[str, Any]) -> TextTable:
                 text(run["ms_mean"], "{:.2f}"),
                 text(speed, "{:.2f}x"),
                 *(text(run[f"{phase}_ms"], "{:.2f}") for phase in columns[4:7]),
+                text(run.get("exposed_transfer_ms"), "{:.2f}"),  # not in older files
+                text(None if cull_s is None else 1e3 * cull_s, "{:.2f}"),
+                text(missed, "{:.0%}"),
                 text(run["gpu_busy_share"], "{:.0%}"),
                 text(_gb(run["peak_gpu_allocated_bytes"]), "{:.2f}"),
                 text(_gb(run["peak_gpu_reserved_bytes"]), "{:.2f}"),

@@ -18,6 +18,7 @@ from benchmarks.rows import RowsArgs
 from benchmarks.rows_host import STEP, HostRows, Measurement, _cut_blocks, memory_rate
 from gsscale_nerfstudio.cull import Culler
 from tests.benchmarks.flat_flight import flight
+from tests.engines.driving import DEVICES
 from tests.runs import tiny_scene
 
 
@@ -74,6 +75,61 @@ def test_figures_follow_from_each_other():
     assert cells[:5] == ["settle", "host", "1,000,000", "2.000", "2.000"] and cells[-1] == "50%"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gpus_kernels_are_measured(host, device, monkeypatch):
+    """On a CPU in Triton's interpreter, where the times say nothing."""
+    from benchmarks import rows_gpu
+
+    monkeypatch.setattr(rows_gpu, "COPIED", 1 << 16)
+    store, columns = host.store, host.layout.columns["means"]
+    before = store.params[:3000, columns].clone()
+    report = rows.measure_gpu(host, torch.device(device))
+    rates, measured = report["rates_bytes_per_s"], {k["kernel"]: k for k in report["kernels"]}
+    assert set(rates) == {"device_copy", "h2d", "d2h", "duplex"}
+    assert all(rate > 0 for rate in rates.values())
+    expected = {
+        "read missing rows": ("link", "h2d", 12 + 768),
+        "write rows back": ("link", "d2h", 12 + 768),
+        "both at once": ("link", "duplex", 12 + 2 * 768),
+        "gather": ("gpu", "device_copy", 4 + 768 + 236),
+        "settle + step": ("gpu", "device_copy", 4 + 236 + 2 * 768 + 16),
+    }
+    assert list(measured) == list(expected)
+    seen = host.visible_share() * 3000
+    for name, (side, rate, bytes_per_row) in expected.items():
+        one = measured[name]
+        assert (one["side"], one["rate"], one["bytes_per_row"]) == (side, rate, bytes_per_row)
+        assert one["ms"] > 0
+        if name == "both at once":  # as many rows as the smaller of two views
+            assert 0.5 * seen < one["rows"] <= seen
+        else:
+            assert one["rows"] == pytest.approx(seen, rel=0.02)
+        assert one["floor_ns_per_row"] == pytest.approx(bytes_per_row / rates[rate] * 1e9)
+    assert [cells[0] for cells in rows.table(report).rows] == list(expected)
+    json.dumps(report, allow_nan=False)
+    # Rows went to and fro, none got lost or mixed up, and none is ahead of the history.
+    assert (store.params[:3000, columns] - before).abs().max() < 1e-3
+    assert store.bookkeeping("stamp").max() <= STEP - 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_only_cross_the_link_stay_the_same(host, device):
+    from benchmarks.rows_gpu import GpuRows
+
+    arrays = host.store.params, host.store.exp_avg, host.store.exp_avg_sq
+    before = [array[:3000].clone() for array in arrays]
+    gpu = GpuRows(host, torch.device(device))
+    gpu.link()
+    first, second = gpu.views[0], gpu.views[1]
+    n = min(len(first), len(second))
+    moved, times = gpu._exchange(second[:n], first[:n])
+    assert moved == n and len(times) == 5
+    cached = gpu.cache.params, gpu.cache.exp_avg, gpu.cache.exp_avg_sq
+    for array, old, here in zip(arrays, before, cached, strict=True):
+        assert torch.equal(array[:3000], old)
+        assert torch.equal(here[:n].cpu(), old[second[:n].long()])
+
+
 def test_memory_rate(monkeypatch):
     monkeypatch.setattr("benchmarks.rows_host.COPIED", (1 << 20, 1 << 22))
     rates = memory_rate(1, threads=1)
@@ -109,6 +165,10 @@ def test_the_command(tmp_path):
     assert "--threads 1" in report["command"] and str(tmp_path) not in output.read_text()
     assert not results.is_comparison(output)
     assert "gather_settled" in done.stdout and "floor" in done.stdout
+    if torch.cuda.is_available():
+        assert len(report["gpu"]["kernels"]) == 5 and "write rows back" in done.stdout
+    else:
+        assert report["gpu"] is None and "there is no GPU" in done.stdout
     again = subprocess.run(
         [*words, "--output", str(output)], capture_output=True, text=True, timeout=60
     )

@@ -6,17 +6,22 @@ import io
 import itertools
 import json
 import sys
+import time
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import children, machine, results, step, step_meter, step_table
+from benchmarks import children, exposed, machine, results, step, step_meter, step_table
+from benchmarks.clock import Clock
 from benchmarks.plan import PlanError
 from benchmarks.progress import ProgressFile
 from benchmarks.scene import SceneError
 from benchmarks.step import StepArgs
+from gsscale_nerfstudio.engines import host, resident
+from gsscale_nerfstudio.store import RowLayout
+from tests.engines.driving import DEVICES, drive, make_engine, random_rows
 from tests.runs import tiny_scene
 
 MEASURED: dict[str, Any] = {
@@ -26,6 +31,7 @@ MEASURED: dict[str, Any] = {
     "backward_ms": 9.0,
     "optimizer_ms": 6.0,
     "visible_rows": 1234.0,
+    "exposed_transfer_ms": None,
     "gpu_busy_ms": 18.0,
     "gpu_busy_share": 0.9,
     "peak_gpu_allocated_bytes": 2 * 10**9,
@@ -38,7 +44,11 @@ MEASURED: dict[str, Any] = {
     "image": [64, 48],
 }
 SPLATFACTO = {**MEASURED, "ms_mean": 42.0, "peak_gpu_allocated_bytes": 8 * 10**9}
-COUNTED = {**MEASURED, "counters": {"rows_missed": 500.0}}
+COUNTED = {
+    **MEASURED,
+    "exposed_transfer_ms": 2.5,
+    "counters": {"rows": 2000.0, "rows_missed": 500.0, "cull_s": 0.00125},
+}
 
 
 @pytest.fixture
@@ -98,9 +108,12 @@ def test_one_file_and_one_table(quick, colmap_scene, tmp_path):
     host = cells["gsscale-host"]
     assert (host["ms median"], host["speed"], host["memory"]) == ("20.00", "2.00x", "0.25x")
     assert (host["GPU busy"], host["host GB"], host["visible"]) == ("90%", "4.00", "1,234")
+    assert [host[name] for name in ("exposed", "cull", "missed")] == ["-"] * 3
+    cached = cells["gsscale-resident"]
+    assert [cached[name] for name in ("exposed", "cull", "missed")] == ["2.50", "1.25", "25%"]
     counters = step_table.counter_table(report)
     assert counters.columns == ["per step", "gsscale-resident"]
-    assert counters.rows == [["rows_missed", "500"]]
+    assert counters.rows == [["rows", "2,000"], ["rows_missed", "500"], ["cull_s", "0.00125"]]
     for piece in ("2.00x", "3 tiles, 24 views of 64 x 48", "no [fused] loss", "rows_missed"):
         assert piece in text, piece
 
@@ -207,6 +220,52 @@ def test_counters_are_per_timed_step():
     assert len(method.seen) == 3 + 4 + step_meter.PHASE_STEPS
     assert result["visible_rows"] == 7 and result["gpu_busy_share"] is None
     assert result["ms_mean"] >= 0 and result["peak_host_bytes"] > 0
+    assert result["exposed_transfer_ms"] is None, "there is no link"
+
+
+class Waiting(Counting):
+    """A method that waits for the link once, twice, and not at all, in turn."""
+
+    def step(self, view, upcoming, mark) -> None:
+        super().step(view, upcoming, mark)
+        for module in (host, resident)[: len(self.seen) % 3]:
+            module.wait_in_stream(None, torch.device("cpu"))
+
+
+def test_waits_for_the_link_are_timed_per_step(monkeypatch):
+    monkeypatch.setattr(exposed, "wait_in_stream", lambda mark, device: time.sleep(0.003))
+    method, clock = Waiting(), Clock(torch.device("cpu"))
+    order = step_meter.view_order(5, seed=0)
+    waits = exposed.waits_per_step(method, order, clock)
+    assert len(waits) == len(method.seen) == exposed.STEPS
+    assert all(waited >= 3 * (i % 3) for i, waited in enumerate(waits, 1))
+    assert all(waited == 0 for waited in waits[2::3])
+    clock.cuda = True
+    monkeypatch.setattr(exposed, "waits_per_step", lambda *_: [1.0, 4.0, 2.0])
+    assert exposed.exposed_transfer(method, order, clock) == {"exposed_transfer_ms": 2.0}
+    monkeypatch.setattr(method, "counters", lambda: None)  # no engine
+    assert exposed.exposed_transfer(method, order, clock) == {"exposed_transfer_ms": None}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cache_rows", [None, 200])
+def test_engines_wait_where_the_timing_looks(device, cache_rows):
+    layout, clock = RowLayout(0), Clock(torch.device(device))
+    engine = make_engine(random_rows(200, layout), layout, device, cache_rows)
+    with exposed.timed_waits(clock) as waits:
+        drive(engine, 4)
+    clock.synchronize()
+    assert len(waits) >= 3 and all(clock.milliseconds(list(pair))[0] >= 0 for pair in waits)
+
+
+def test_engines_wait_as_ever_when_the_timing_is_over():
+    untouched = host.wait_in_stream, resident.wait_in_stream
+    with pytest.raises(KeyError), exposed.timed_waits(Clock(torch.device("cpu"))) as waits:
+        assert host.wait_in_stream is resident.wait_in_stream is not untouched[0]
+        host.wait_in_stream(None, torch.device("cpu"))
+        raise KeyError
+    assert len(waits) == 1
+    assert (host.wait_in_stream, resident.wait_in_stream) == untouched
 
 
 @pytest.mark.slow
