@@ -49,6 +49,7 @@ class OnDevice(NamedTuple):
     viewmat: Tensor  # [4, 4]
     K: Tensor  # [3, 3]
     camera_position: Tensor  # [3]
+    half_size: Tensor  # [2] half of the image's width and height, in pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +157,13 @@ class View:
     def on(self, device: torch.device) -> OnDevice:
         """The view's matrices as float32 tensors on ``device``; the last ones are kept."""
         if self._on_device is None or self._on_device.viewmat.device != device:
-            parts = [self.viewmat.ravel(), self.K.ravel(), self.camera_position]
+            half_size = np.array([self.width / 2, self.height / 2])
+            parts = [self.viewmat.ravel(), self.K.ravel(), self.camera_position, half_size]
             # From ordinary memory without blocking: CUDA copies so few bytes before it returns.
             values = torch.from_numpy(np.concatenate(parts)).float().to(device, non_blocking=True)
-            on_device = OnDevice(values[:16].view(4, 4), values[16:25].view(3, 3), values[25:])
+            on_device = OnDevice(
+                values[:16].view(4, 4), values[16:25].view(3, 3), values[25:28], values[28:]
+            )
             object.__setattr__(self, "_on_device", on_device)
             return on_device
         return self._on_device

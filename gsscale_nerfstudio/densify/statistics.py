@@ -12,7 +12,8 @@ from gsscale_nerfstudio.rasterize import Rendering
 @torch.no_grad()
 def screen_statistics(rendering: Rendering, view: View) -> ScreenStatistics:
     """gsplat's densification statistics of one view, after its backward pass."""
-    half = rendering.means2d.new_tensor([view.width / 2.0, view.height / 2.0])
+    # From the view, which has it on the device: sending it there now would wait for backward.
+    half = view.on(rendering.radii.device).half_size
     drawn = rendering.radii > 0
     norms = (rendering.means2d_grad() * half).norm(dim=-1) * drawn
     return norms, drawn.float(), rendering.radii.float() / max(view.width, view.height)
