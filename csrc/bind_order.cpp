@@ -1,8 +1,11 @@
 // Row order: Morton codes and an in-place, multi-threaded permutation of rows.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <vector>
+
+#include <nanobind/stl/optional.h>
 
 #include "buffers.h"
 
@@ -63,6 +66,27 @@ void copy_rows(Floats2 rows, Codes source, Codes target) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i)
         std::memcpy(data + to[i] * width, data + from[i] * width, width * sizeof(float));
+}
+
+// rows[target[i]] <- values[i], or zeros.
+void fill_rows(Floats2 rows, Codes target, std::optional<Floats2> values) {
+    const int64_t n = (int64_t)target.shape(0), width = (int64_t)rows.shape(1);
+    if (values && ((int64_t)values->shape(0) < n || (int64_t)values->shape(1) != width))
+        throw std::invalid_argument("fill_rows: values must have a row for each target");
+    const int64_t *to = target.data(), capacity = (int64_t)rows.shape(0);
+    const float *from = values ? values->data() : nullptr;
+    float *data = rows.data();
+    nb::gil_scoped_release release;
+    bool inside = true;
+    for (int64_t i = 0; i < n; ++i) inside &= to[i] >= 0 && to[i] < capacity;
+    if (!inside) throw std::invalid_argument("fill_rows: row outside of the store");
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+        if (from)
+            std::memcpy(data + to[i] * width, from + i * width, width * sizeof(float));
+        else
+            std::memset(data + to[i] * width, 0, width * sizeof(float));
+    }
 }
 
 // rows[i] <- rows[order[i]], in place. Every kCut-th row is saved first and cuts the permutation's
@@ -129,6 +153,9 @@ void bind_order(nb::module_ &m) {
           nb::arg("target").noconvert(),
           "rows[target[i]] <- rows[source[i]]; no row may be both a source and a target, or twice a "
           "target.");
+    m.def("fill_rows", &fill_rows, nb::arg("rows").noconvert(), nb::arg("target").noconvert(),
+          nb::arg("values").noconvert().none() = nb::none(),
+          "rows[target[i]] <- values[i], or zeros; no row may be twice a target.");
     m.def("permute_rows", &permute_rows, nb::arg("rows").noconvert(), nb::arg("order").noconvert(),
           "rows[i] <- rows[order[i]] in place; extra memory n / 4096 rows + n bytes.");
 }

@@ -13,7 +13,7 @@ namespace gsscale {
 
 namespace {
 
-using Columns = nb::ndarray<int32_t, nb::shape<6>, nb::c_contig, nb::device::cpu>;
+using Columns = nb::ndarray<int32_t, nb::shape<7>, nb::c_contig, nb::device::cpu>;
 using Doubles2 = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using GroupOf = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -37,9 +37,9 @@ struct Store {
         require(!sp || (sp->shape(0) >= p.shape(0) && sp->shape(1) == 4),
                 "spheres must be [capacity, 4]");
         const int32_t *c = columns.data();
-        for (int i = 0; i < 6; ++i) require(c[i] >= 0 && c[i] < width, "column outside of the row");
+        for (int i = 0; i < 7; ++i) require(c[i] >= 0 && c[i] < width, "column outside of the row");
         raw = {p.data(), m.data(), v.data(), sp ? sp->data() : nullptr, width, c[0], c[1],
-               c[2],     c[3],     c[4],     c[5]};
+               c[2],     c[3],     c[4],     c[5],     c[6]};
     }
     int64_t capacity() const { return (int64_t)params.shape(0); }
 };
@@ -124,6 +124,29 @@ void refresh(const Store &store, const Tables &tables, int64_t begin, int64_t en
     GSSCALE_DISPATCH(refresh_spheres, store.raw, tables.raw, begin, end);
 }
 
+void refresh_of(const Store &store, const Tables &tables, Ids ids) {
+    check(store, tables);
+    require(store.raw.spheres != nullptr, "this store has no spheres");
+    nb::gil_scoped_release release;
+    const Selection rows = select(store, ids.data(), 0, nullptr, (int64_t)ids.shape(0));
+    GSSCALE_DISPATCH(refresh_spheres_of, store.raw, tables.raw, rows);
+}
+
+void summary(const Store &store, const Tables &tables, Floats2 out) {
+    check(store, tables);
+    const int64_t n = (int64_t)out.shape(1);
+    require(out.shape(0) == 4 && n <= store.capacity(), "out must be [4, rows in use]");
+    nb::gil_scoped_release release;
+    GSSCALE_DISPATCH(summarize, store.raw, tables.raw, n, out.data());
+}
+
+void limit(const Store &store, const Tables &tables, int64_t n, float most) {
+    check(store, tables);
+    check_range(store, 0, n);
+    nb::gil_scoped_release release;
+    GSSCALE_DISPATCH(limit_opacities, store.raw, tables.raw, n, most);
+}
+
 void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floats1 lr,
           std::optional<Ids> pick, std::optional<Floats2> forward) {
     check(store, tables);
@@ -171,6 +194,15 @@ void bind_rows(nb::module_ &m) {
           nb::arg("end"), "Settle rows begin .. end - 1 in place, to the tables' step.");
     m.def("refresh_spheres", &refresh, nb::arg("rows"), nb::arg("tables"), nb::arg("begin"),
           nb::arg("end"), "Recompute the bounding spheres of rows begin .. end - 1.");
+    m.def("refresh_spheres_of", &refresh_of, nb::arg("rows"), nb::arg("tables"),
+          nb::arg("ids").noconvert(), "Recompute the bounding spheres of the rows `ids`.");
+    m.def("summarize", &summary, nb::arg("rows"), nb::arg("tables"), nb::arg("out").noconvert(),
+          "Mean 2-D gradient, largest radius, largest log-scale and opacity logit, settled, of the "
+          "first n rows, into `out` [4, n]; their statistics become zero.");
+    m.def("limit_opacities", &limit, nb::arg("rows"), nb::arg("tables"), nb::arg("n"),
+          nb::arg("most"),
+          "Clamp the settled opacity logits of the first n rows and zero their moments; the rows' "
+          "stamps and other columns stay.");
     m.def("settle_and_step", &step, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
           nb::arg("grads").noconvert(), nb::arg("lr").noconvert(),
           nb::arg("pick").noconvert().none() = nb::none(),

@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <limits>
 #include <memory>
@@ -77,8 +78,84 @@ class SlotTable {
         ahead_.reset(masks);
         buckets_.reset();
         n_rows_ = n;
-        in_use_ = 0;
+        in_use_ = handed_out_ = 0;
+        free_.clear();
         views_.clear();
+    }
+
+    // -- rows that change; the next plan cannot protect rows of views before it ------------------
+
+    void drop(Ids ids_) {
+        const int64_t n = (int64_t)ids_.shape(0);
+        const int32_t *ids = ids_.data();
+        nb::gil_scoped_release release;
+        check_ids(ids, n);
+        end_protection();
+        for (int64_t i = 0; i < n; ++i) {
+            Residence &row = table_[ids[i]];
+            if (row.slot_plus_1 > 0) free_.push_back(row.slot_plus_1 - 1);
+            row = {0, -1};
+            ahead_[ids[i]] = 0;
+        }
+        in_use_ = handed_out_ - (int64_t)free_.size();
+    }
+
+    void rename(Ids from_, Ids to_) {
+        const int64_t n = (int64_t)from_.shape(0);
+        require((int64_t)to_.shape(0) == n, "as many new ids as old ones are needed");
+        const int32_t *from = from_.data(), *to = to_.data();
+        require(all_below(n_rows_, from, nullptr, n) && all_below(n_rows_, to, nullptr, n),
+                "row id outside of 0 .. n_rows - 1");
+        nb::gil_scoped_release release;
+        end_protection();
+        for (int64_t i = 0; i < n; ++i) {
+            require(table_[to[i]].slot_plus_1 == 0, "the new id is that of a resident row");
+            table_[to[i]] = table_[from[i]];
+            ahead_[to[i]] = ahead_[from[i]];
+            table_[from[i]] = {0, -1};
+            ahead_[from[i]] = 0;
+        }
+    }
+
+    void expect_like(Ids from_, Ids to_) {
+        const int64_t n = (int64_t)from_.shape(0);
+        require((int64_t)to_.shape(0) == n, "as many rows as models are needed");
+        const int32_t *from = from_.data(), *to = to_.data();
+        require(all_below(n_rows_, from, nullptr, n) && all_below(n_rows_, to, nullptr, n),
+                "row id outside of 0 .. n_rows - 1");
+        for (int64_t i = 0; i < n; ++i) ahead_[to[i]] = ahead_[from[i]];
+    }
+
+    void permute(Ids order_) {
+        const int64_t n = (int64_t)order_.shape(0);
+        const int32_t *order = order_.data();
+        require(n == n_rows_ && all_below(n, order, nullptr, n), "order must be of all rows");
+        nb::gil_scoped_release release;
+        end_protection();
+        std::unique_ptr<Residence[], Free> table((Residence *)std::malloc(n * sizeof(Residence)));
+        std::unique_ptr<uint32_t[], Free> ahead((uint32_t *)std::malloc(n * sizeof(uint32_t)));
+        if (n > 0 && (!table || !ahead)) throw std::bad_alloc();
+        const int threads = threads_for_ids(n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t i = 0; i < n; ++i) {
+            table[i] = table_[order[i]];
+            ahead[i] = ahead_[order[i]];
+        }
+        table_ = std::move(table);
+        ahead_ = std::move(ahead);
+    }
+
+    void resize(int64_t n_slots, int64_t n_rows) {
+        require(n_slots_ <= n_slots && n_slots <= kMost, "slots can only be added");
+        require(0 <= n_rows && n_rows <= kMost, "n_rows must be between 0 and 2^31 - 1");
+        for (int64_t row = n_rows; row < n_rows_; ++row)
+            require(table_[row].slot_plus_1 == 0, "a row that is to go is resident: drop it first");
+        end_protection();
+        resize_array(table_, n_rows_, n_rows);
+        resize_array(ahead_, n_rows_, n_rows);
+        buckets_.reset();
+        n_slots_ = n_slots;
+        n_rows_ = n_rows;
     }
 
     void expect(Ids ids_, int64_t view) {
@@ -193,6 +270,8 @@ class SlotTable {
     };
 
     int64_t n_slots_, n_rows_ = 0, in_use_ = 0, last_view_ = -1;
+    int64_t handed_out_ = 0;     // slots from here on have never held a row
+    std::vector<int32_t> free_;  // slots below that hold none
     int64_t protected_from_ = std::numeric_limits<int64_t>::min();
     std::unique_ptr<Residence[], Free> table_;
     std::unique_ptr<uint32_t[], Free> ahead_;     // per row: views that are expected to need it
@@ -205,6 +284,21 @@ class SlotTable {
         if (n == 0) return;
         require(ascending(ids, n), "ids must ascend");
         require(ids[0] >= 0 && ids[n - 1] < n_rows_, "row id outside of 0 .. n_rows - 1");
+    }
+
+    // The lists of protected rows name rows by ids that are about to change.
+    void end_protection() {
+        views_.clear();
+        protected_from_ = std::max(protected_from_, last_view_ + 1);
+    }
+
+    template <typename T>
+    static void resize_array(std::unique_ptr<T[], Free> &array, int64_t before, int64_t after) {
+        T *moved = (T *)std::realloc(array.get(), std::max<int64_t>(after, 1) * sizeof(T));
+        if (!moved) throw std::bad_alloc();
+        array.release();
+        array.reset(moved);
+        if (after > before) std::memset((void *)(moved + before), 0, (after - before) * sizeof(T));
     }
 
     // Notes that `view` uses these rows, so that none of them can leave any more. Finds their slots,
@@ -282,7 +376,8 @@ class SlotTable {
                          int32_t *rows_out) {
         const int64_t fresh = std::min(misses, n_slots_ - in_use_), leaving = misses - fresh;
         for (int64_t k = 0; k < fresh; ++k) {
-            slots_in[k] = (int32_t)(in_use_ + k);
+            slots_in[k] = free_.empty() ? (int32_t)handed_out_++ : free_.back();
+            if (!free_.empty()) free_.pop_back();
             rows_out[k] = -1;
         }
         in_use_ += fresh;
@@ -392,6 +487,18 @@ void bind_slots(nb::module_ &m) {
         .def("residents", &SlotTable::residents, nb::arg("rows").noconvert(),
              nb::arg("slots").noconvert(),
              "All resident rows, ascending, and their slots; returns how many they are.")
+        .def("drop", &SlotTable::drop, nb::arg("ids").noconvert(),
+             "Rows that are gone, or whose slots no longer hold what the host store has: free their "
+             "slots.")
+        .def("rename", &SlotTable::rename, nb::arg("ids").noconvert(), nb::arg("to").noconvert(),
+             "Row ids[i] is now row to[i], which was not resident. Its slot stays.")
+        .def("expect_like", &SlotTable::expect_like, nb::arg("ids").noconvert(),
+             nb::arg("rows").noconvert(),
+             "The views that are expected to need row ids[i] will need row rows[i], too.")
+        .def("permute", &SlotTable::permute, nb::arg("order").noconvert(),
+             "Row order[i] is now row i; slots stay.")
+        .def("resize", &SlotTable::resize, nb::arg("n_slots"), nb::arg("n_rows"),
+             "Add slots, and rows behind the last one, or take such away that are not resident.")
         .def("clear", &SlotTable::clear, nb::arg("n_rows").none() = nb::none(),
              "Empty all slots; optionally, set a new number of rows.");
 }

@@ -20,6 +20,7 @@ struct RowStore {
     float *spheres;  // [capacity, 4] bounding spheres for the culler, or null
     int64_t width;
     int32_t mean, scale;                        // first of three columns each
+    int32_t opacity;
     int32_t stamp, grad2d, count, max_radius;   // bookkeeping columns
 };
 
@@ -66,6 +67,14 @@ GSSCALE_FOR_EACH_ISA(
     void settle_and_step(const RowStore &store, const SkipTables &tables, const AdamStep &adam,
                          const Selection &rows, const float *grads, float *forward);
     void refresh_spheres(const RowStore &store, const SkipTables &tables, int64_t begin,
-                         int64_t end);)
+                         int64_t end);
+    void refresh_spheres_of(const RowStore &store, const SkipTables &tables,
+                            const Selection &rows);
+    // What densification decides by, of the first n rows as they would be if they were settled:
+    // out[0 .. 3] are n floats each: mean 2-D gradient, largest radius, largest log-scale, opacity.
+    // The statistics start again from zero.
+    void summarize(const RowStore &store, const SkipTables &tables, int64_t n, float *out);
+    // Settled opacities of the first n rows become at most `most`, and their moments zero.
+    void limit_opacities(const RowStore &store, const SkipTables &tables, int64_t n, float most);)
 
 }  // namespace gsscale

@@ -15,11 +15,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gsscale_nerfstudio.engines import kernels, staging_kernels
+from gsscale_nerfstudio.engines import kernels, slot_kernels, staging_kernels
 from gsscale_nerfstudio.loss import fused
+from gsscale_nerfstudio.rasterize import tile_lists
 
-INT_POINTERS = {"slots", "rows_of", "moves", "positions", "group_of"}
-INTEGERS = {"n", "step", "height", "width"}
+POINTERS = {
+    **dict.fromkeys(["slots", "rows_of", "moves", "positions", "group_of"], "*i32"),
+    **dict.fromkeys(["pixel_radii", "counts", "gaussians"], "*i32"),
+    **dict.fromkeys(["order", "ends"], "*i64"),
+    "tiles": "*i16",
+}
+INTEGERS = {"n", "n_rows", "step", "height", "width"}
 FLOATS = {
     "log2_beta1",
     "log2_beta2",
@@ -28,6 +34,7 @@ FLOATS = {
     "one_minus_beta2",
     "inv_sqrt_bias2",
     "l1_weight",
+    "most",
     "ssim_weight",
 }
 ROWS = {
@@ -43,6 +50,16 @@ ROWS = {
     "MAX_RADIUS": 62,
     "ROWS": 16,
 }
+SLOTS = {
+    **{name: ROWS[name] for name in ("STAMP", "GRAD2D", "COUNT", "MAX_RADIUS", "HORIZON", "WIDTH")},
+    "SCALE": 3,
+    "OPACITY": 10,
+    "SCALES": 1,
+    "OPACITIES": 3,
+    "N_GROUPS": 8,
+    "SLOTS": 128,
+}
+TILES = {"RADII": 1, "BLOCK": 32}
 LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}
 KERNELS = [
     (kernels.exchange_rows, ROWS),
@@ -51,8 +68,12 @@ KERNELS = [
     (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True}),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True}),
     (staging_kernels.unpack_rows, {**ROWS, "SCATTER": True}),
+    (slot_kernels._summarize, SLOTS),
+    (slot_kernels._limit, SLOTS),
     (fused._forward_kernel, {**LOSS, "STORE_MAPS": True}),
     (fused._backward_kernel, LOSS),
+    (tile_lists._count_tiles, TILES),
+    (tile_lists._list_tiles, {**TILES, "RADII": 2}),
 ]
 
 
@@ -61,9 +82,12 @@ def type_of(name: str, kernel: Any) -> str:
         return "i32"
     if name in FLOATS:
         return "fp32"
+    if name in ("rows", "columns") and kernel in (tile_lists._count_tiles, tile_lists._list_tiles):
+        return "i32"
     # unpack_rows calls its rows `rows`; they are floats there, and ids in gather_leaves.
-    ids = name in INT_POINTERS or (name == "rows" and kernel is kernels.gather_leaves)
-    return "*i32" if ids else "*fp32"
+    if name == "rows" and kernel in (kernels.gather_leaves, slot_kernels._summarize):
+        return "*i32"
+    return POINTERS.get(name, "*fp32")
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], capability: int) -> int:

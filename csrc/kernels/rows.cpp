@@ -99,6 +99,12 @@ inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
     sphere[3] = kSigmas * expf(largest) + sqrtf(moved) + kCoordinateSlack * far;
 }
 
+// One column of the row that starts at `at`, as it would be if the row were settled. At gap 0 S is 0.
+inline float settled(const RowStore &s, const SkipTables &t, const Skip &skip, int64_t at, int c) {
+    return s.params[at + c] -
+           skip.S[c] * s.exp_avg[at + c] / (sqrtf(s.exp_avg_sq[at + c]) + t.eps[c] * skip.f);
+}
+
 // Position in ids of the i-th row of the selection.
 inline int64_t place_of(const Selection &rows, int64_t i) { return rows.pick ? rows.pick[i] : i; }
 
@@ -202,6 +208,44 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
 void refresh_spheres(const RowStore &s, const SkipTables &t, int64_t begin, int64_t end) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(end - begin))
     for (int64_t row = begin; row < end; ++row) write_sphere(s, t, row);
+}
+
+void refresh_spheres_of(const RowStore &s, const SkipTables &t, const Selection &rows) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows.n))
+    for (int64_t i = 0; i < rows.n; ++i) write_sphere(s, t, rows.ids[place_of(rows, i)]);
+}
+
+void summarize(const RowStore &s, const SkipTables &t, int64_t n, float *out) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(n))
+    for (int64_t row = 0; row < n; ++row) {
+        const int64_t at = row * s.width;
+        float *w = s.params + at;
+        float scratch[kMaxWidth];
+        const Skip skip = skip_of(t, s.width, stamp_of(s, w), scratch);
+        float largest = settled(s, t, skip, at, s.scale);
+        for (int c = s.scale + 1; c < s.scale + 3; ++c) {
+            const float scale = settled(s, t, skip, at, c);
+            if (!(largest >= scale)) largest = largest != largest ? largest : scale;
+        }
+        out[row] = w[s.grad2d] / (w[s.count] > 1.0f ? w[s.count] : 1.0f);
+        out[n + row] = w[s.max_radius];
+        out[2 * n + row] = largest;
+        out[3 * n + row] = settled(s, t, skip, at, s.opacity);
+        w[s.grad2d] = w[s.count] = w[s.max_radius] = 0.0f;
+    }
+}
+
+void limit_opacities(const RowStore &s, const SkipTables &t, int64_t n, float most) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(n))
+    for (int64_t row = 0; row < n; ++row) {
+        const int64_t at = row * s.width, opacity = at + s.opacity;
+        float scratch[kMaxWidth];
+        const Skip skip = skip_of(t, s.width, stamp_of(s, s.params + at), scratch);
+        const float now = settled(s, t, skip, at, s.opacity);
+        // Without moments it will not move until its next gradient, whatever the row's stamp says.
+        s.params[opacity] = now > most ? most : now;
+        s.exp_avg[opacity] = s.exp_avg_sq[opacity] = 0.0f;
+    }
 }
 
 }  // namespace GSSCALE_ISA

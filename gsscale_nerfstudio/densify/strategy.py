@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from gsplat.strategy import DefaultStrategy
-from gsplat.utils import normalized_quat_to_rotmat
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from gsscale_nerfstudio.engines import Engine
+from gsscale_nerfstudio.densify.split import SHRINK
+from gsscale_nerfstudio.densify.split import split as split_rows
+from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.store.edit import RowEdit, RowSummary
 
 _CHUNK = 1 << 20
 """Rows looked at together: bounds the temporaries of a decision to some 20 MB."""
@@ -31,43 +32,55 @@ def _chunks(n: int) -> Iterator[slice]:
 class RowStrategy(DefaultStrategy):
     """``gsplat.DefaultStrategy`` whose Gaussians are rows: same fields, same decisions.
 
-    The statistics are columns of the rows (the engine adds a view's share when it steps them), so
-    growing and pruning move whole rows. New rows are appended and rows from the end fill the holes
-    of removed ones; nothing of the store's size is allocated but masks of one byte per row.
+    The statistics are columns of the rows; the engine adds a view's share when it steps them.
+    Decisions are made from four numbers a row, and only rows that change are touched: new ones fill
+    the holes of removed ones. Beside those numbers, masks of one byte per row are allocated.
     """
 
     _warned_full: bool = False
 
     @torch.no_grad()
-    def refine(self, engine: Engine, step: int) -> None:
+    def refine(self, engine: EditableEngine, step: int) -> None:
         """What ``step_post_backward`` does after its statistics: grow, prune, reset opacities.
 
         Args:
-            engine: whose store is refined; must not be inside a step.
+            engine: whose rows are refined; must not be inside a step.
             step: Nerfstudio's step counter.
         """
-        refines, resets = self._refines(step), self._resets(step)
-        if not (refines or resets):
-            return
+        if self._refines(step):
+            self._densify(engine, step)
+        if self._resets(step):
+            engine.limit_opacities(torch.logit(torch.tensor(self.prune_opa * 2.0)).item())
+
+    def _densify(self, engine: EditableEngine, step: int) -> None:
         store = engine.store
-        engine.settle()
-        if refines:
-            duplicated, split = self.grow(store, step)
-            if self.verbose:
-                print(
-                    f"Step {step}: {duplicated} GSs duplicated, {split} GSs split. "
-                    f"Now having {len(store)} GSs."
-                )
-            pruned = self.prune(store, step)
-            if self.verbose:
-                print(f"Step {step}: {pruned} GSs pruned. Now having {len(store)} GSs.")
-            for name in ("grad2d", "count", "max_radius"):
-                store.bookkeeping(name).zero_()
-            if store.unsorted_share > _SORT_FROM:
-                store.sort()
-        if resets:
-            reset_opacities(store, self.prune_opa * 2.0)
-        engine.rows_changed()
+        n = len(store)
+        summary = engine.summarize()
+        duplicates, splits = self.grow_masks(summary, step)
+        self._fit(store, summary, duplicates, splits)
+        gone, children_gone = self.prune_masks(summary, step)
+        duplicated, split = int(duplicates.sum()), int(splits.sum())
+        self._tell(step, f"{duplicated} GSs duplicated, {split} GSs split.", n + duplicated + split)
+
+        # gsplat adds rows, then prunes them; what would be pruned at once is not added here.
+        copied = torch.nonzero(duplicates & ~gone).flatten()
+        survives = ~children_gone[splits]
+        parents = torch.nonzero(splits).flatten()[survives]
+        removed = torch.nonzero(torch.where(splits, children_gone, gone)).flatten()
+        noise = torch.randn(2, split, 3)[:, survives]
+        sources = torch.cat([copied, parents])
+        rows = engine.settled_rows(sources)
+        first, second = split_rows(rows[len(copied) :], noise, store.layout)
+        rows = torch.cat([rows[: len(copied)], second])
+        engine.apply(RowEdit(parents, first, rows, sources, removed))
+        pruned = n + duplicated + split - len(store)
+        self._tell(step, f"{pruned} GSs pruned.", len(store))
+        if store.unsorted_share > _SORT_FROM:
+            engine.sort()
+
+    def _tell(self, step: int, what: str, n: int) -> None:
+        if self.verbose:
+            print(f"Step {step}: {what} Now having {n} GSs.")
 
     def changes_rows(self, step: int) -> bool:
         """Whether :meth:`refine` will do anything at ``step``."""
@@ -83,61 +96,40 @@ class RowStrategy(DefaultStrategy):
     def _resets(self, step: int) -> bool:
         return step < self.refine_stop_iter and step % self.reset_every == 0
 
-    def grow(self, store: HostStore, step: int) -> tuple[int, int]:
-        """Duplicate small and split large rows with a high screen-space gradient.
-
-        Returns:
-            Numbers of rows duplicated and split.
-        """
-        duplicates, splits = self.grow_masks(store, step)
-        self._fit(store, duplicates, splits)
-        sources, parents = (torch.nonzero(mask).flatten() for mask in (duplicates, splits))
-        if len(sources):
-            store.append_copies(sources)
-        if len(parents):
-            split_rows(store, parents)
-        return len(sources), len(parents)
-
-    def grow_masks(self, store: HostStore, step: int) -> tuple[Tensor, Tensor]:
-        """Which rows to duplicate and which to split: two [n] bool masks."""
-        n = len(store)
+    def grow_masks(self, summary: RowSummary, step: int) -> tuple[Tensor, Tensor]:
+        """Which rows to duplicate (small ones) and which to split (large ones): two [n] masks."""
+        n = len(summary)
         duplicates, splits = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
-        scales = store.column("scales")
         for rows in _chunks(n):
-            high = self._mean_gradient(store, rows) > self.grow_grad2d
-            small = torch.exp(scales[rows]).amax(dim=-1) <= self.grow_scale3d
+            high = summary.gradient[rows] > self.grow_grad2d
+            small = torch.exp(summary.scale[rows]) <= self.grow_scale3d
             duplicates[rows] = high & small
             splits[rows] = high & ~small
             if step < self.refine_scale2d_stop_iter:
-                splits[rows] |= store.bookkeeping("max_radius")[rows] > self.grow_scale2d
+                splits[rows] |= summary.radius[rows] > self.grow_scale2d
         return duplicates, splits
 
-    def prune(self, store: HostStore, step: int) -> int:
-        """Remove rows that are too transparent or too large; returns how many."""
-        mask = self.prune_mask(store, step)
-        removed = int(mask.sum())
-        if removed:
-            store.remove(mask)
-        return removed
-
-    def prune_mask(self, store: HostStore, step: int) -> Tensor:
-        """Which rows to remove: [n] bool."""
-        mask = torch.empty(len(store), dtype=torch.bool)
-        scales, opacities = store.column("scales"), store.column("opacities")
-        for rows in _chunks(len(store)):
-            mask[rows] = torch.sigmoid(opacities[rows].flatten()) < self.prune_opa
+    def prune_masks(self, summary: RowSummary, step: int) -> tuple[Tensor, Tensor]:
+        """Which rows are too transparent or too large, and whose children would be, were they
+        split: two [n] masks."""
+        n = len(summary)
+        gone, children_gone = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
+        for rows in _chunks(n):
+            faint = torch.sigmoid(summary.opacity[rows]) < self.prune_opa
+            gone[rows] = children_gone[rows] = faint
             if step > self.reset_every:
-                too_big = torch.exp(scales[rows]).amax(dim=-1) > self.prune_scale3d
+                size = torch.exp(summary.scale[rows])
+                gone[rows] |= size > self.prune_scale3d
+                children_gone[rows] |= torch.exp(torch.log(size / SHRINK)) > self.prune_scale3d
                 if step < self.refine_scale2d_stop_iter:
-                    too_big |= store.bookkeeping("max_radius")[rows] > self.prune_scale2d
-                mask[rows] |= too_big
-        return mask
+                    wide = summary.radius[rows] > self.prune_scale2d
+                    gone[rows] |= wide
+                    children_gone[rows] |= wide
+        return gone, children_gone
 
-    @staticmethod
-    def _mean_gradient(store: HostStore, rows: slice | Tensor) -> Tensor:
-        return store.bookkeeping("grad2d")[rows] / store.bookkeeping("count")[rows].clamp_min(1)
-
-    def _fit(self, store: HostStore, duplicates: Tensor, splits: Tensor) -> None:
+    def _fit(
+        self, store: HostStore, summary: RowSummary, duplicates: Tensor, splits: Tensor
+    ) -> None:
         """Where not all new rows have room, keep those with the highest gradient."""
         wanted = int(duplicates.sum()) + int(splits.sum())
         room = store.room()
@@ -151,32 +143,9 @@ class RowStrategy(DefaultStrategy):
                 "room. Raise --pipeline.model.max-gaussians or free host memory to grow further."
             )
         candidates = torch.nonzero(duplicates | splits).flatten()
-        weakest = self._mean_gradient(store, candidates).argsort()[: wanted - room]
+        weakest = summary.gradient[candidates].argsort()[: wanted - room]
         duplicates[candidates[weakest]] = False
         splits[candidates[weakest]] = False
-
-
-def split_rows(store: HostStore, parents: Tensor) -> None:
-    """Replace each parent by two children sampled from it, 1.6 times smaller, without moments."""
-    children = store.append_copies(parents)
-    store.zero_moments(parents)
-    means, scales, quats = (store.column(name) for name in ("means", "scales", "quats"))
-    noise = torch.randn(2, len(parents), 3)
-    for part in _chunks(len(parents)):
-        first, second = parents[part], children[part]
-        size = torch.exp(scales[first])
-        rotations = normalized_quat_to_rotmat(F.normalize(quats[first], dim=-1))
-        offsets = torch.einsum("nij,nj,bnj->bni", rotations, size, noise[:, part])
-        centre = means[first]
-        means[first], means[second] = centre + offsets[0], centre + offsets[1]
-        scales[first] = scales[second] = torch.log(size / 1.6)
-
-
-def reset_opacities(store: HostStore, value: float) -> None:
-    """Clamp opacities to ``value`` and forget their moments, so that all must prove themselves."""
-    store.column("opacities").clamp_(max=torch.logit(torch.tensor(value)).item())
-    for array in (store.exp_avg, store.exp_avg_sq):
-        store.column("opacities", array).zero_()
 
 
 def pause_after_reset(num_images: int, refine_every: int, reset_every: int) -> int:

@@ -37,7 +37,13 @@ class Budget:
     gigabytes: float | None = None
 
     def cache_rows(
-        self, device: torch.device, row_bytes: int, view_rows: int, pixels: int, observed: int = 0
+        self,
+        device: torch.device,
+        row_bytes: int,
+        view_rows: int,
+        pixels: int,
+        observed: int = 0,
+        cached_rows: int = 0,
     ) -> int:
         """How many rows a cache may hold beside what a view needs while it is trained.
 
@@ -49,11 +55,12 @@ class Budget:
             view_rows: rows of the largest view.
             pixels: of its image.
             observed: bytes that were in use beside the cache and :func:`view_bytes`, so far.
+            cached_rows: of a cache that there is already.
         """
         available, taken = float("inf"), 0
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            taken = torch.cuda.memory_allocated(device)
+            taken = torch.cuda.memory_allocated(device) - cached_rows * row_bytes
             available = _HEADROOM * (free + torch.cuda.memory_reserved(device))
         if self.gigabytes is not None:
             available = min(available, self.gigabytes * 1e9 - _CONTEXT_BYTES)

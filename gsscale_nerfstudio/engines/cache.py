@@ -20,11 +20,13 @@ from gsscale_nerfstudio.engines.kernels import (
     gather_leaves,
     settle_and_step_rows,
 )
+from gsscale_nerfstudio.engines.slot_kernels import limit_slots, summarize_slots
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, row_gradients
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.store.edit import Placement, RowEdit
 
 _RING = 3
 """Views whose lists may be on their way to the device at the same time."""
@@ -69,10 +71,13 @@ class RowCache:
         self.table = _C.SlotTable(slots, len(store))
         self._free_slots = slots
         self._link = SideStream(device)
-        self._lists = [
-            (Staging(slots, 0, device, torch.int32), Staging(slots, 3, device, torch.int32))
-            for _ in range(_RING)
-        ]
+        self._make_lists(slots)
+
+    def _make_lists(self, slots: int) -> None:
+        def staging(width: int) -> Staging:
+            return Staging(slots, width, self.device, torch.int32)
+
+        self._lists = [(staging(0), staging(3)) for _ in range(_RING)]
 
     def __len__(self) -> int:
         return self.table.n_slots
@@ -127,15 +132,20 @@ class RowCache:
         self.table.lookup(ids.numpy(), slots.numpy())
         return slots.to(self.device)
 
-    def write_back(self, stepped: Mark) -> None:
-        """Bring the host store up to date with all resident rows, which stay resident.
+    def write_back(self, stepped: Mark, ids: Tensor | None = None) -> None:
+        """Bring the host store up to date with resident rows, which stay resident.
 
         Args:
             stepped: reached when the rows have been stepped.
+            ids: [n] int64, of rows that may be resident; None for all rows.
         """
-        rows = torch.empty(self.table.in_use, dtype=torch.int32)
-        slots = torch.empty_like(rows)
-        self.table.residents(rows.numpy(), slots.numpy())
+        if ids is None:
+            rows, slots = self.residents()
+        else:
+            rows = torch.unique(ids).int()
+            slots = torch.empty_like(rows)
+            self.table.lookup(rows.numpy(), slots.numpy())
+            rows, slots = rows[slots >= 0], slots[slots >= 0]
         with self._link.active(after=stepped):
             self._exchange(torch.stack([torch.full_like(rows, -1), slots, rows], dim=1))
             wait(self._link.mark())
@@ -145,6 +155,51 @@ class RowCache:
         wait(self._link.mark())
         self.table.clear(len(self.store))
         self._free_slots = len(self)
+
+    def residents(self) -> tuple[Tensor, Tensor]:
+        """All resident rows, ascending, and their slots: int32 on the CPU."""
+        rows = torch.empty(self.table.in_use, dtype=torch.int32)
+        slots = torch.empty_like(rows)
+        self.table.residents(rows.numpy(), slots.numpy())
+        return rows, slots
+
+    # -- rows that change; nothing is on its way ---------------------------------------------------
+
+    def follow(self, edit: RowEdit, placement: Placement) -> None:
+        """Let slots keep the rows of the store that an edit has moved; it wrote others anew."""
+        table = self.table
+        table.drop(torch.cat([edit.rewritten, edit.removed]).sort().values.int().numpy())
+        sources, targets = placement.sources.int(), placement.targets.int()
+        table.rename(sources.numpy(), targets.numpy())
+        table.resize(len(self), placement.n)
+        parents = placement.now(edit.parents).int()
+        table.expect_like(parents.numpy(), placement.added.int().numpy())
+        self._free_slots = len(self) - table.in_use
+
+    def grow(self, slots: int) -> None:
+        """Add slots, so that there are ``slots``; rows stay resident."""
+        for name in ("params", "exp_avg", "exp_avg_sq"):  # one at a time, for the sake of memory
+            grown = torch.empty(slots, self.store.layout.width, device=self.device)
+            grown[: len(self)] = getattr(self, name)
+            setattr(self, name, grown)
+        self.table.resize(slots, len(self.store))
+        self._free_slots = slots - self.table.in_use
+        self._make_lists(slots)
+
+    def summarize(self, out: Tensor, tables: DeviceTables) -> None:
+        """:meth:`.EditableEngine.summarize` for resident rows.
+
+        Args:
+            out: [4, rows] float32, page-locked; entries of other rows stay.
+            tables: the Adam history.
+        """
+        rows, slots = (ids.to(self.device) for ids in self.residents())
+        summarize_slots(self._arrays, rows, slots, out, self.store.layout, tables)
+
+    def limit_opacities(self, most: float, tables: DeviceTables) -> None:
+        """:meth:`.EditableEngine.limit_opacities` for resident rows."""
+        _, slots = self.residents()
+        limit_slots(self._arrays, slots.to(self.device), most, self.store.layout, tables)
 
     def gather(
         self, slots: Tensor, tables: DeviceTables, rows: Tensor | None = None

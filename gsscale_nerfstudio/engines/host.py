@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.base import Engine
+from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.engines.lookahead import (
     ColdRows,
     Outlook,
@@ -26,6 +26,7 @@ from gsscale_nerfstudio.engines.staging import Staging, Upload
 from gsscale_nerfstudio.engines.streams import Mark, Stress, mark_current, wait, wait_in_stream
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
 from gsscale_nerfstudio.store import GROUPS, HostStore
+from gsscale_nerfstudio.store.edit import Placement, RowEdit
 
 _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
@@ -52,7 +53,7 @@ class _PendingStep:
     lr: np.ndarray
 
 
-class HostEngine(Engine):
+class HostEngine(EditableEngine):
     """Steps rows in the store, hot ones first and the others while the device draws the next view.
 
     Device memory holds one working set, its gradients, the cold rows of the next view and what the
@@ -86,6 +87,7 @@ class HostEngine(Engine):
         # Those before it has done with: begin() has waited for it in between.
         self._gradients = [Staging(capacity, width, device) for _ in range(2)]
         self._lists = SplitLists(capacity, device)
+        self._summary = Staging(4 * capacity, 0, device)
 
     def move_to(self, device: torch.device) -> None:
         self._forget_announced()
@@ -259,6 +261,15 @@ class HostEngine(Engine):
         self._wait_for_worker()
         self._pending = None  # of rows that are no more
         super().restart(step)
+
+    def _bring_home(self, ids: Tensor) -> None:
+        pass  # they are at home
+
+    def _edited(self, edit: RowEdit, placement: Placement) -> None:
+        pass  # there is no cache
+
+    def _sorted(self, order: Tensor) -> None:
+        pass
 
     def _settle(self) -> None:
         _C.settle_range(self.store.kernel_rows, self.history.tables, 0, len(self.store))

@@ -30,6 +30,7 @@ from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.store.edit import Placement, RowEdit
 
 LOOK_AHEAD = 16
 """Views after the next one that the cache is told of. On a tiled aerial scene, with a cache of 30 %
@@ -106,7 +107,8 @@ class ResidentEngine(HostEngine):
         self._rows_done: Mark = None
         self._expected: dict[int, View] = {}  # by number: views that the cache was told of
         self._warned = self._told = False
-        self._view_rows = 0  # rows of a view that the cache was made for
+        self._view_rows = 0  # rows of a view that the cache leaves room for
+        self._unfit = False  # rows were added or removed since the cache was fitted
         self._largest = _Prepared(torch.empty(0), 0, 0, None)  # of the views so far
         self._observed = 0  # bytes in use beside the cache and what that view should need
 
@@ -118,6 +120,8 @@ class ResidentEngine(HostEngine):
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
         if not self._caching:
             return super()._prepare(view, step, ahead)
+        if self._unfit and not ahead:
+            self._fit_cache()
         with self._timed("spheres_s"):
             self._take_spheres(wait_for_all=not ahead)
         with self._timed("cull_s"):
@@ -171,14 +175,14 @@ class ResidentEngine(HostEngine):
     def _bring(self, prepared: Any) -> WorkingSet:
         if not self._caching:
             return super()._bring(prepared)
+        if len(prepared.ids) > len(self._largest.ids):
+            self._largest = replace(prepared, admission=None)
         if prepared.admission is None:
             prepared = self._make_room(prepared)
             if prepared.admission is None:
                 self._stop_caching(len(prepared.ids))
                 return super()._bring(PreparedView(prepared.ids))
         self._current = prepared
-        if len(prepared.ids) > len(self._largest.ids):
-            self._largest = replace(prepared, admission=None)
         admission = prepared.admission
         moved = (admission.missed + admission.written) * self._row_bytes
         self._count(len(prepared.ids), admission.missed, moved)
@@ -202,44 +206,56 @@ class ResidentEngine(HostEngine):
                     "--pipeline.model.vram-budget-gb if the GPU has more memory."
                 )
         else:
-            self._resize_cache(n, prepared.pixels)
+            # Views differ; a larger one than expected may cost a new cache.
+            self._view_rows = max(self._view_rows, n + n // 8)
+            self._fit_cache()
         if self._cache is None:
             return prepared
         number = prepared.number  # the cache has not seen it: nothing was admitted
         admission = self._cache.admit(prepared.ids, number, number, self._rows_done)
         return replace(prepared, admission=admission)
 
-    def _resize_cache(self, n: int, pixels: int) -> None:
-        """Make a cache that has room for views like one of ``n`` rows, as large as it may be."""
+    def _fit_cache(self) -> None:
+        """Make the cache as large as it may be and has to be, if there is room for a view."""
+        have = len(self._cache) if self._cache is not None else 0
+        rows, largest = len(self.store), self._largest
+        self._unfit = False
+        limit = self.budget.cache_rows(
+            self.device, self._row_bytes, self._view_rows, largest.pixels, self._observed, have
+        )
+        wanted = min(limit, rows + rows // 4)
+        # A little over is let be, and a little under: a new cache costs more.
+        if self._cache is not None and have <= 1.03 * limit:
+            if have < min(rows, 0.97 * wanted):
+                self._cache.grow(wanted)
+                self._synchronize()
+            return
         if self._cache is not None:
             self._cache.write_back(self._rows_done)
             self._drop_cache()
-        self._depth = 2
-        # Views differ; a larger one than expected costs a new cache.
-        self._view_rows = max(self._view_rows, n + n // 4)
-        limit = self.budget.cache_rows(
-            self.device, self._row_bytes, self._view_rows, pixels, self._observed
-        )
-        self._limit, self._limit_observed = limit, self._observed
-        slots = min(limit, len(self.store) + len(self.store) // 4)
-        if slots < n:
+        if wanted < len(largest.ids):
             return
         from gsscale_nerfstudio.engines.cache import RowCache
 
-        self._cache = RowCache(self.store, self.device, slots)
+        self._depth = 2
+        self._cache = RowCache(self.store, self.device, wanted)
         if not self._told:
             self._told = True
             CONSOLE.print(
                 f"gsscale: engine resident. The GPU has room for {limit:,} Gaussians with their "
                 "Adam state; beyond that the least needed ones wait in host memory."
             )
+        # Its memory may have been another stream's, which has to be done with it.
+        self._synchronize()
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
-            # Its memory may have been another stream's, which has to be done with it.
             torch.cuda.synchronize(self.device)
 
     def _drop_cache(self) -> None:
         self._cache = None
         self._expected.clear()
+        self._synchronize()
         if self.device.type == "cuda":
             # The next one has another size; its memory must not come on top of this one's.
             torch.cuda.empty_cache()
@@ -337,21 +353,57 @@ class ResidentEngine(HostEngine):
     def rows_changed(self) -> None:
         super().rows_changed()
         if self._caching and self._cache is not None:
-            self._observe_needs(len(self._cache))
-            # A little over is let be: a new cache costs more.
-            room = self._limit - (self._observed - self._limit_observed) // self._row_bytes
-            if min(len(self.store), room) <= len(self._cache) <= 1.03 * room:
-                self._cache.forget()
-                self._expected.clear()
-            else:
-                self._drop_cache()
+            self._cache.forget()
+            self._expected.clear()
+            self._fit_later()
+
+    def _fit_later(self) -> None:
+        """Fit the cache before the next view, when the present one's tensors are gone."""
+        assert self._cache is not None
+        self._observe_needs(len(self._cache))
+        self._unfit = True
+
+    # -- densification ---------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        super().rest()
+        if self._caching:
+            self._take_spheres(wait_for_all=True)
+            self._synchronize()
+
+    def _summarize(self, out: Tensor) -> None:
+        super()._summarize(out)
+        if self._caching and self._cache is not None:
+            self._cache.summarize(out, self._tables)
+
+    def _limit_opacities(self, most: float) -> None:
+        super()._limit_opacities(most)
+        if self._caching and self._cache is not None:
+            self._cache.limit_opacities(most, self._tables)
+
+    def _bring_home(self, ids: Tensor) -> None:
+        if self._caching and self._cache is not None:
+            self._cache.write_back(self._rows_done, ids)
+
+    def _edited(self, edit: RowEdit, placement: Placement) -> None:
+        if not self._caching:
+            return
+        self._tables.rebound()
+        if self._cache is not None:
+            self._cache.follow(edit, placement)
+            self._fit_later()
+
+    def _sorted(self, order: Tensor) -> None:
+        if self._caching and self._cache is not None:
+            self._cache.table.permute(order.numpy())
 
     def _observe_needs(self, cache_rows: int) -> None:
         """Learn from the peak so far: what a row needs depends on how many tiles it covers."""
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_reserved(self.device)
+            # Memory that was needed once stays reserved, until a cache goes.
+            reserved = torch.cuda.memory_reserved(self.device)
             expected = view_bytes(len(self._largest.ids), self._largest.pixels)
-            in_use = peak - cache_rows * self._row_bytes - expected
+            in_use = reserved - cache_rows * self._row_bytes - expected
             self._observed = max(self._observed, in_use)
 
     @property

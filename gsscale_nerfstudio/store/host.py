@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.store.edit import Placement, RowEdit, place
 from gsscale_nerfstudio.store.layout import GROUPS, RowLayout
 from gsscale_nerfstudio.store.memory import ReservedArray, available_memory, memory_limit
 from gsscale_nerfstudio.store.order import morton_order
@@ -134,41 +135,29 @@ class HostStore:
         self.bookkeeping("stamp")[first:] = stamp
         self._unsorted += k
 
-    def append_copies(self, ids: Tensor) -> Tensor:
-        """Append copies of rows: parameters, stamp and statistics; their moments are zero.
+    def apply(self, edit: RowEdit, stamp: int) -> Placement:
+        """Rewrite, add and remove rows; written ones are current for step ``stamp``.
 
-        Returns:
-            ids of the new rows, int64.
+        Nothing of the store's size is allocated. Bounding spheres move with their rows; those of
+        written rows are the caller's to compute.
         """
-        first = self._n
-        self.resize(first + len(ids))
-        new = torch.arange(first, self._n)
-        _C.copy_rows(self.params.numpy(), ids.numpy(), new.numpy())
-        self._unsorted += len(ids)
-        return new
+        for values in (edit.values, edit.added):
+            values[:, self.layout.optimized :] = 0
+            values[:, self.layout.bookkeeping["stamp"]] = stamp
+        placement = place(self._n, edit.removed, len(edit.added))
+        self._write(edit.rewritten, edit.values)
+        source, target = placement.sources.numpy(), placement.targets.numpy()
+        for array in (self.params, self.exp_avg, self.exp_avg_sq, self.spheres):
+            _C.copy_rows(array.numpy(), source, target)
+        self.resize(placement.n)
+        self._write(placement.added, edit.added)
+        self._unsorted += len(target) + len(edit.added)
+        return placement
 
-    def zero_moments(self, ids: Tensor) -> None:
-        """Forget the moments of rows ``ids``."""
-        self.exp_avg[ids] = 0
-        self.exp_avg_sq[ids] = 0
-
-    def copy_rows(self, source: Tensor, target: Tensor) -> None:
-        """Copy whole rows (parameters, moments, bookkeeping); nothing else is allocated.
-
-        Args:
-            source, target: [k] int64; no id is in both, or twice in ``target``.
-        """
-        for array in (self.params, self.exp_avg, self.exp_avg_sq):
-            _C.copy_rows(array.numpy(), source.numpy(), target.numpy())
-
-    def remove(self, mask: Tensor) -> None:
-        """Remove the rows where ``mask`` [n] is True; rows from the end fill the holes."""
-        n_after = self._n - int(mask.sum())
-        holes = torch.nonzero(mask[:n_after]).flatten()
-        movers = n_after + torch.nonzero(~mask[n_after:]).flatten()
-        self.copy_rows(movers, holes)
-        self._unsorted += len(holes)
-        self.resize(n_after)
+    def _write(self, ids: Tensor, values: Tensor) -> None:
+        _C.fill_rows(self.params.numpy(), ids.numpy(), values.numpy())
+        for array in (self.exp_avg, self.exp_avg_sq):
+            _C.fill_rows(array.numpy(), ids.numpy())
 
     # -- order and memory ------------------------------------------------------------------------
 
@@ -184,7 +173,7 @@ class HostStore:
             [n] int32, ``order[i]`` is the former place of the row that is now at ``i``.
         """
         order = morton_order(self.params, self.layout.columns["means"].start, self._n)
-        for array in (self.params, self.exp_avg, self.exp_avg_sq):
+        for array in (self.params, self.exp_avg, self.exp_avg_sq, self.spheres):
             _C.permute_rows(array.numpy(), order.numpy())
         self._unsorted = 0
         return order

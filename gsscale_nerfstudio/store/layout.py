@@ -89,12 +89,13 @@ class RowLayout:
 
     @cached_property
     def kernel_columns(self) -> np.ndarray:
-        """[6] int32: the columns that the C++ row kernels ask for by name."""
+        """[7] int32: the columns that the C++ row kernels ask for by name."""
         b = self.bookkeeping
         return np.array(
             [
                 self.columns["means"].start,
                 self.columns["scales"].start,
+                self.columns["opacities"].start,
                 b["stamp"],
                 b["grad2d"],
                 b["count"],

@@ -10,8 +10,9 @@ from gsplat.strategy import DefaultStrategy
 from gsplat.strategy.ops import reset_opa
 
 from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
-from gsscale_nerfstudio.densify.strategy import reset_opacities
+from gsscale_nerfstudio.engines import HostEngine
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.store.edit import RowSummary
 
 LAYOUT = RowLayout(1)
 SETTINGS = dict(
@@ -78,53 +79,59 @@ def table_of_gsplat(params, optimizers, state) -> torch.Tensor:
 
 
 def sort_rows(table: torch.Tensor) -> torch.Tensor:
-    """Order does not matter, the set of rows does: by the first mean, and for a duplicate, which
-    has its source's parameters and no moments, by the first moment."""
-    table = table[table[:, LAYOUT.optimized].argsort(stable=True)]
-    return table[table[:, 0].argsort(stable=True)]
+    """Order does not matter, the set of rows does: by a colour, which a family shares, then by the
+    first mean, and for a duplicate, which has its source's parameters and no moments, by the first
+    moment."""
+    colour = sum(LAYOUT.columns[name].stop - LAYOUT.columns[name].start for name in GROUPS[:4])
+    for column in (LAYOUT.optimized, 0, colour):
+        table = table[table[:, column].argsort(stable=True)]
+    return table
 
 
 @pytest.mark.parametrize("step", [600, 3500, 5000])
-def test_grow_and_prune_give_gsplats_rows(step):
+def test_grow_and_prune_give_gsplats_rows(step, capsys):
     store = random_store()
-    theirs = DefaultStrategy(**SETTINGS)
-    ours = RowStrategy(**SETTINGS)
+    theirs = DefaultStrategy(**SETTINGS, verbose=True)
+    ours = RowStrategy(**SETTINGS, verbose=True)
     params, optimizers, state = as_gsplat(store)
     torch.manual_seed(1)
-    expected = theirs._grow_gs(params, optimizers, state, step)
-    torch.manual_seed(1)
-    assert ours.grow(store, step) == expected
-    assert expected[0] > 50 and expected[1] > 50
-    torch.testing.assert_close(
-        table_of_store(store), table_of_gsplat(params, optimizers, state), rtol=1e-6, atol=1e-6
-    )
+    duplicated, split = theirs._grow_gs(params, optimizers, state, step)
+    grown = len(params["means"])
     pruned = theirs._prune_gs(params, optimizers, state, step)
-    assert ours.prune(store, step) == pruned > 50
+    assert duplicated > 50 and split > 50 and pruned > 50
+    for name in ("grad2d", "count", "radii"):
+        state[name].zero_()
+    torch.manual_seed(1)
+    ours._densify(engine_of(store), step)
     torch.testing.assert_close(
         table_of_store(store), table_of_gsplat(params, optimizers, state), rtol=1e-6, atol=1e-6
     )
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        f"Step {step}: {duplicated} GSs duplicated, {split} GSs split. Now having {grown} GSs.",
+        f"Step {step}: {pruned} GSs pruned. Now having {grown - pruned} GSs.",
+    ]
 
 
 def test_opacity_reset_is_gsplats():
     store = random_store()
     params, optimizers, state = as_gsplat(store)
     reset_opa(params, optimizers, state, value=0.2)
-    reset_opacities(store, 0.2)
+    engine_of(store).limit_opacities(torch.logit(torch.tensor(0.2)).item())
     assert torch.equal(table_of_store(store), table_of_gsplat(params, optimizers, state))
 
 
-class FakeEngine:
-    """Counts what refine() asks of the engine."""
+def engine_of(store: HostStore) -> HostEngine:
+    return HostEngine(store, torch.device("cpu"))
 
-    def __init__(self, store: HostStore) -> None:
-        self.store = store
-        self.calls: list[str] = []
 
-    def settle(self) -> None:
-        self.calls.append("settle")
-
-    def rows_changed(self) -> None:
-        self.calls.append("rows_changed")
+def summary_of(store: HostStore) -> RowSummary:
+    """A summary that leaves the statistics as they are."""
+    statistics = {n: store.bookkeeping(n).clone() for n in ("grad2d", "count", "max_radius")}
+    summary = engine_of(store).summarize()
+    for name, values in statistics.items():
+        store.bookkeeping(name)[:] = values
+    return summary
 
 
 @pytest.mark.parametrize("pause", [0, 150, 1500])
@@ -146,26 +153,28 @@ def test_refines_and_resets_at_gsplats_steps(pause, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     ours = RowStrategy(**settings)
-    monkeypatch.setattr(ours, "grow", lambda store, step: got.append(("grow", step)) or (0, 0))
-    monkeypatch.setattr(ours, "prune", lambda store, step: got.append(("prune", step)) or 0)
     monkeypatch.setattr(
-        "gsscale_nerfstudio.densify.strategy.reset_opacities",
-        lambda store, value: got.append(("reset", value)),
+        ours, "_densify", lambda engine, step: got.extend([("grow", step), ("prune", step)])
     )
-    engine = FakeEngine(random_store(10))
+    engine = engine_of(random_store(10))
+    monkeypatch.setattr(
+        engine, "limit_opacities", lambda most: got.append(("reset", approx_sigmoid(most)))
+    )
     state = {k: torch.zeros(1) for k in ("grad2d", "count", "radii")}
     for step in range(7000):
         theirs.step_post_backward({"means": torch.zeros(1)}, {}, state, step, {})
-        ours.refine(engine, step)  # type: ignore[arg-type]
+        ours.refine(engine, step)
     assert got == expected
     assert len(got) > 40
 
 
+def approx_sigmoid(logit: float) -> object:
+    return pytest.approx(torch.sigmoid(torch.tensor(logit)).item(), rel=1e-6)
+
+
 def test_statistics_restart_after_a_refinement():
     store = random_store()
-    engine = FakeEngine(store)
-    RowStrategy(**SETTINGS, refine_start_iter=500).refine(engine, 600)  # type: ignore[arg-type]
-    assert engine.calls == ["settle", "rows_changed"]
+    RowStrategy(**SETTINGS, refine_start_iter=500).refine(engine_of(store), 600)
     for name in ("grad2d", "count", "max_radius"):
         assert not store.bookkeeping(name).any()
 
@@ -174,23 +183,26 @@ def test_a_full_store_keeps_the_most_needed_growth(capsys):
     n = 4000
     store = random_store(n)
     strategy = RowStrategy(**SETTINGS)
-    duplicates, splits = strategy.grow_masks(store, 5000)
+    strategy.prune_opa = strategy.prune_scale3d = 0.0  # nothing goes
+    strategy.reset_every = 10_000
+    duplicates, splits = strategy.grow_masks(summary_of(store), 5000)
     room = int((duplicates | splits).sum()) // 2
     store.capacity = n + room
-    duplicated, split = strategy.grow(store, 5000)
-    assert duplicated + split == room and len(store) == n + room
+    strategy._densify(engine_of(store), 5000)
+    assert len(store) == n + room
     assert "store is full" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_full_store_turns_the_least_needed_away():
     store = random_store()
     strategy = RowStrategy(**SETTINGS)
-    duplicates, splits = strategy.grow_masks(store, 5000)
+    summary = summary_of(store)
+    duplicates, splits = strategy.grow_masks(summary, 5000)
     before = duplicates | splits
-    strategy._fit(store, duplicates, splits)
+    strategy._fit(store, summary, duplicates, splits)
     assert torch.equal(duplicates | splits, before)  # room for all
     store.capacity = len(store) + int(before.sum()) // 2
-    strategy._fit(store, duplicates, splits)
+    strategy._fit(store, summary, duplicates, splits)
     kept = duplicates | splits
     need = store.bookkeeping("grad2d") / store.bookkeeping("count").clamp_min(1)
     assert int(kept.sum()) == int(before.sum()) // 2
@@ -220,5 +232,7 @@ def test_growth_stops_before_memory_runs_out(monkeypatch, capsys):
     """A process that asks for more than there is gets killed; growing must end before."""
     store = random_store()
     monkeypatch.setattr("gsscale_nerfstudio.store.host.available_memory", lambda: 100 << 20)
-    assert RowStrategy(**SETTINGS).grow(store, 5000) == (0, 0)
+    before = len(store)
+    RowStrategy(**SETTINGS)._densify(engine_of(store), 5000)
+    assert len(store) < before
     assert "free host memory" in " ".join(capsys.readouterr().out.split())

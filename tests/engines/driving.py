@@ -173,3 +173,16 @@ def largest_errors(store: HostStore, expected: dict[str, Tensor]) -> dict[str, f
         for name in GROUPS
         if expected[name].numel()
     }
+
+
+def unordered_error(store: HostStore, other: HostStore) -> float:
+    """Largest distance of a row to the nearest of the other store, both ways.
+
+    Rounding may exchange two neighbours in Morton order: a duplicate and its source, say.
+    """
+    tables = [
+        torch.cat([s.column(name).flatten(1) for name in GROUPS], dim=1) for s in (store, other)
+    ]
+    differences = (tables[0][:, None] - tables[1][None]).abs() / tables[0].abs().amax(dim=0)
+    distances = differences.amax(dim=-1)
+    return float(torch.maximum(distances.amin(dim=0).max(), distances.amin(dim=1).max()))

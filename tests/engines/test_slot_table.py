@@ -53,6 +53,8 @@ class Model:
         self.slot: dict[int, int] = {}
         self.used: dict[int, int] = {}
         self.expected: dict[int, set[int]] = {}
+        self.free: list[int] = []
+        self.handed_out = 0
 
     def expect(self, ids, view: int) -> None:
         for row in ids:
@@ -73,15 +75,18 @@ class Model:
             for row in self.slot
             if row not in ids and self.used[row] < protect_from
         )
-        empty = list(range(len(self.slot), self.n_slots))
+        empty = self.free[::-1] + list(range(self.handed_out, self.n_slots))
         if len(misses) > len(empty) + len(may_leave):
             return None
         moves, newest = [], -1
         leaving = sorted(row for _, row in may_leave[: max(0, len(misses) - len(empty))])
         for row in misses:
             gone = -1
-            if empty:
-                slot = empty.pop(0)
+            if self.free:
+                slot = self.free.pop()
+            elif self.handed_out < self.n_slots:
+                slot = self.handed_out
+                self.handed_out += 1
             else:
                 gone = leaving.pop(0)
                 slot = self.slot.pop(gone)
@@ -92,6 +97,19 @@ class Model:
         for row in ids:
             self.expected.get(row, set()).discard(view % 32)
         return (len(misses), newest), [self.slot[row] for row in ids], moves
+
+    def drop(self, ids) -> None:
+        for row in ids:
+            if row in self.slot:
+                self.free.append(self.slot.pop(row))
+                self.used.pop(row)
+
+    def rename(self, new_id) -> None:
+        """``new_id`` gives every row's new id, None for a row that is no more."""
+        for name in ("slot", "used", "expected"):
+            items = getattr(self, name).items()
+            moved = {new_id(row): value for row, value in items if new_id(row) is not None}
+            setattr(self, name, moved)
 
 
 class TableMachine(RuleBasedStateMachine):
@@ -113,7 +131,7 @@ class TableMachine(RuleBasedStateMachine):
         ids = sorted({row for first, n in runs for row in range(first, first + n)})
         ids = [row for row in ids if row < self.n_rows]
         view = self.view + skipped
-        keep = max(self.protected, view - protect)
+        keep = max(self.protected, min(view, view - protect))
         expected = self.model.plan(ids, view, keep)
         assert self.table.plan(ids, view, keep) == expected
         if expected is not None:
@@ -129,6 +147,42 @@ class TableMachine(RuleBasedStateMachine):
         last = self.view  # of those that had room
         self.table.expect(ids, last + distance)
         self.model.expect(ids, last + distance)
+
+    @rule(
+        gone=st.sets(st.integers(0, 59), max_size=20),
+        more=st.integers(0, 12),
+        slots=st.sampled_from([0, 0, 3]),
+    )
+    def edit(self, gone, more, slots):
+        """Some rows go, those from the end take their places, and others are appended."""
+        gone = sorted(row for row in gone if row < self.n_rows)
+        n = self.n_rows - len(gone)
+        sources = [row for row in range(n, self.n_rows) if row not in gone]
+        targets = [row for row in gone if row < n]
+        self.table.raw.drop(int32(gone))
+        self.model.drop(gone)
+        self.table.raw.rename(int32(sources), int32(targets))
+        moved = dict(zip(sources, targets, strict=True))
+        for target in targets:
+            self.model.expected.pop(target, None)
+        self.model.rename(lambda row: moved.get(row, row if row < n else None))
+        self.n_rows, self.n_slots = n + more, self.n_slots + slots
+        self.model.n_slots = self.n_slots
+        self.table.raw.resize(self.n_slots, self.n_rows)
+        parents = [row // 2 for row in range(n, self.n_rows)] if n else []
+        if parents:
+            self.table.raw.expect_like(int32(parents), int32(range(n, self.n_rows)))
+            for parent, row in zip(parents, range(n, self.n_rows), strict=True):
+                self.model.expected[row] = set(self.model.expected.get(parent, ()))
+        self.protected = max(self.protected, self.view + 1)
+
+    @rule(seed=st.integers(0, 99))
+    def permute(self, seed):
+        order = np.random.default_rng(seed).permutation(self.n_rows)
+        self.table.raw.permute(int32(order))
+        place = {int(old): new for new, old in enumerate(order)}
+        self.model.rename(lambda row: place[row])
+        self.protected = max(self.protected, self.view + 1)
 
     @rule(more=st.sampled_from([None, 0, 30]))
     @precondition(lambda self: self.view > 20)

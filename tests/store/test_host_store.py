@@ -12,10 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.store.edit import RowEdit
 from gsscale_nerfstudio.store.memory import ReservedArray
 from gsscale_nerfstudio.store.order import morton_order
 
 LAYOUT = RowLayout(1)
+
+
+def ids_of(mask: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(mask))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -38,17 +43,19 @@ class StoreMachine(RuleBasedStateMachine):
         s = self.store
         return tuple(a[row].numpy().copy() for a in (s.params, s.exp_avg, s.exp_avg_sq))
 
-    def fill(self, first: int, moments: bool) -> None:
+    def fill(self, first: int) -> None:
         s = self.store
         for row in range(first, len(s)):
-            s.params[row, LAYOUT.bookkeeping["spare"]] = self.next_name
-            if moments:
-                s.exp_avg[row] = torch.from_numpy(self.rng.normal(size=LAYOUT.width))
-                s.exp_avg_sq[row] = torch.from_numpy(self.rng.random(LAYOUT.width))
-                for name in ("grad2d", "count", "max_radius"):
-                    s.params[row, LAYOUT.bookkeeping[name]] = float(self.rng.random())
-            self.model[self.next_name] = self.snapshot(row)
-            self.next_name += 1
+            s.exp_avg[row] = torch.from_numpy(self.rng.normal(size=LAYOUT.width))
+            s.exp_avg_sq[row] = torch.from_numpy(self.rng.random(LAYOUT.width))
+            for name in ("grad2d", "count", "max_radius"):
+                s.params[row, LAYOUT.bookkeeping[name]] = float(self.rng.random())
+            self.name(row)
+
+    def name(self, row: int) -> None:
+        self.store.params[row, LAYOUT.bookkeeping["spare"]] = self.next_name
+        self.model[self.next_name] = self.snapshot(row)
+        self.next_name += 1
 
     @rule(count=st.integers(1, 600), stamp=st.integers(0, 1000))
     def append(self, count, stamp):
@@ -63,25 +70,43 @@ class StoreMachine(RuleBasedStateMachine):
         assert (self.store.bookkeeping("stamp")[first:] == stamp).all()
         for name in GROUPS:
             assert torch.equal(self.store.column(name)[first:], values[name])
-        self.fill(first, moments=True)
+        self.fill(first)
 
-    @rule(share=st.floats(0, 1))
-    def copy(self, share):
-        n = len(self.store)
-        ids = torch.nonzero(torch.from_numpy(self.rng.random(n) < share * 0.2)).flatten()
-        names = self.names()
-        new = self.store.append_copies(ids)
-        for source, copy in zip(ids.tolist(), new.tolist(), strict=True):
-            assert np.array_equal(self.snapshot(copy)[0], self.model[names[source]][0])
-            assert not self.store.exp_avg[copy].any()
-        self.fill(n, moments=False)
-
-    @rule(share=st.floats(0, 1))
-    def remove(self, share):
-        names = self.names()
-        mask = self.rng.random(len(self.store)) < share
-        self.store.remove(torch.from_numpy(mask))
-        for name in names[mask]:
+    @rule(added=st.integers(0, 400), removed=st.floats(0, 1), rewritten=st.floats(0, 0.5))
+    def edit(self, added, removed, rewritten):
+        names, n = self.names(), len(self.store)
+        gone = self.rng.random(n) < removed
+        anew = (self.rng.random(n) < rewritten) & ~gone
+        self.store.spheres[:n] = self.store.params[:n, :4]
+        values, new = (
+            torch.from_numpy(self.rng.normal(size=(count, LAYOUT.width))).float()
+            for count in (int(anew.sum()), added)
+        )
+        edit = RowEdit(
+            rewritten=ids_of(anew),
+            values=values,
+            added=new,
+            parents=torch.zeros(added, dtype=torch.int64),
+            removed=ids_of(gone),
+        )
+        placement = self.store.apply(edit, stamp=7)
+        assert len(self.store) == placement.n == n - gone.sum() + added
+        now = placement.now(ids_of(~gone))
+        assert torch.equal(
+            torch.cat([now, placement.added]).sort().values, torch.arange(placement.n)
+        )
+        untouched = placement.now(ids_of(~gone & ~anew))
+        assert self.names()[untouched.numpy()].tolist() == names[~gone & ~anew].tolist()
+        assert torch.equal(self.store.spheres[untouched], self.store.params[untouched, :4])
+        for ids, rows in ((placement.now(edit.rewritten), values), (placement.added, new)):
+            used = LAYOUT.optimized
+            assert torch.equal(self.store.params[ids, :used], rows[:, :used])
+            assert (self.store.params[ids, LAYOUT.bookkeeping["stamp"]] == 7).all()
+            assert not self.store.params[ids, LAYOUT.bookkeeping["count"]].any()
+            assert not self.store.exp_avg[ids].any() and not self.store.exp_avg_sq[ids].any()
+            for row in ids.tolist():
+                self.name(row)
+        for name in names[gone | anew]:
             del self.model[name]
 
     @rule()
@@ -148,7 +173,10 @@ def test_moved_rows_count_as_out_of_order():
     store.sort()
     mask = torch.zeros(50, dtype=torch.bool)
     mask[:10] = True
-    store.remove(mask)  # ten rows from the end fill the holes
+    no_rows = torch.empty(0, LAYOUT.width)
+    nobody = torch.empty(0, dtype=torch.int64)
+    edit = RowEdit(nobody, no_rows, no_rows, nobody, ids_of(mask.numpy()))
+    store.apply(edit, stamp=0)  # ten rows from the end fill the holes
     assert store.unsorted_share == 10 / 40
 
 
