@@ -227,6 +227,7 @@ class ResidentEngine(HostEngine):
         # A little over is let be, and a little under: a new cache costs more.
         if self._cache is not None and have <= 1.03 * limit:
             if have < min(rows, 0.97 * wanted):
+                self._synchronize()  # rows may be on their way into the arrays that are replaced
                 self._cache.grow(wanted)
                 self._synchronize()
             return
@@ -292,6 +293,8 @@ class ResidentEngine(HostEngine):
                 wait_in_stream(prepared.admission.ready, self.device)
         rows = ids.to(self.device)
         attributes = self._cache.gather(self._cache.lookup(ids), self._tables, rows)
+        # What is admitted from now on may take the slots that this reads.
+        self._rows_done = mark_current(self.device)
         return working_set(ids, attributes, training=False)
 
     @torch.no_grad()
