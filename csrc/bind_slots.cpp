@@ -33,6 +33,12 @@ constexpr int64_t kAheadBits = 32, kMostAhead = 30;
 constexpr int kBuckets = 64;
 constexpr uint8_t kStays = 255;
 
+// Rows whose residents are counted together. A view's rows are neighbours, so a scan for rows that
+// can leave finds most blocks with none.
+constexpr int64_t kBlock = 1024;
+
+inline int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+
 // Ids ahead whose entries are requested: the hardware stops at the gaps between ids.
 constexpr int64_t kAhead = 64;
 
@@ -78,6 +84,7 @@ class SlotTable {
         ahead_.reset(masks);
         buckets_.reset();
         n_rows_ = n;
+        residents_.assign(blocks_of(n), 0);
         in_use_ = handed_out_ = 0;
         free_.clear();
         views_.clear();
@@ -93,7 +100,10 @@ class SlotTable {
         end_protection();
         for (int64_t i = 0; i < n; ++i) {
             Residence &row = table_[ids[i]];
-            if (row.slot_plus_1 > 0) free_.push_back(row.slot_plus_1 - 1);
+            if (row.slot_plus_1 > 0) {
+                free_.push_back(row.slot_plus_1 - 1);
+                --residents_[ids[i] / kBlock];
+            }
             row = {0, -1};
             ahead_[ids[i]] = 0;
         }
@@ -110,6 +120,10 @@ class SlotTable {
         end_protection();
         for (int64_t i = 0; i < n; ++i) {
             require(table_[to[i]].slot_plus_1 == 0, "the new id is that of a resident row");
+            if (table_[from[i]].slot_plus_1 > 0) {
+                --residents_[from[i] / kBlock];
+                ++residents_[to[i] / kBlock];
+            }
             table_[to[i]] = table_[from[i]];
             ahead_[to[i]] = ahead_[from[i]];
             table_[from[i]] = {0, -1};
@@ -143,6 +157,13 @@ class SlotTable {
         }
         table_ = std::move(table);
         ahead_ = std::move(ahead);
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t block = 0; block < blocks_of(n); ++block) {
+            int32_t count = 0;
+            for (int64_t row = block * kBlock; row < std::min(n, (block + 1) * kBlock); ++row)
+                count += table_[row].slot_plus_1 > 0;
+            residents_[block] = count;
+        }
     }
 
     void resize(int64_t n_slots, int64_t n_rows) {
@@ -154,6 +175,7 @@ class SlotTable {
         resize_array(table_, n_rows_, n_rows);
         resize_array(ahead_, n_rows_, n_rows);
         buckets_.reset();
+        residents_.resize(blocks_of(n_rows), 0);  // none in blocks that go
         n_slots_ = n_slots;
         n_rows_ = n_rows;
     }
@@ -204,9 +226,15 @@ class SlotTable {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t k = 0; k < misses; ++k) {
             const int32_t in = rows_in_[k], slot = slots_in_[k], out = rows_out_[k];
-            if (out >= 0) table[out] = {0, -1};
+            if (out >= 0) {
+                table[out] = {0, -1};
+#pragma omp atomic
+                --residents_[out / kBlock];
+            }
             slots[places_[k]] = slot;
             table[in].slot_plus_1 = slot + 1;
+#pragma omp atomic
+            ++residents_[in / kBlock];
             moves[3 * k] = in;
             moves[3 * k + 1] = slot;
             moves[3 * k + 2] = out;
@@ -272,6 +300,7 @@ class SlotTable {
     int64_t n_slots_, n_rows_ = 0, in_use_ = 0, last_view_ = -1;
     int64_t handed_out_ = 0;     // slots from here on have never held a row
     std::vector<int32_t> free_;  // slots below that hold none
+    std::vector<int32_t> residents_;  // per kBlock rows
     int64_t protected_from_ = std::numeric_limits<int64_t>::min();
     std::unique_ptr<Residence[], Free> table_;
     std::unique_ptr<uint32_t[], Free> ahead_;     // per row: views that are expected to need it
@@ -396,11 +425,12 @@ class SlotTable {
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
         for (int part = 0; part < parts; ++part) {
             int64_t in_bucket[kBuckets] = {};
-            const int64_t end = part_start(n_rows_, part + 1, parts);
-            for (int64_t row = part_start(n_rows_, part, parts); row < end; ++row) {
-                buckets[row] = bucket_of(row, protect_from);
-                if (buckets[row] != kStays) ++in_bucket[buckets[row]];
-            }
+            for_each_resident_block(part, parts, [&](int64_t row, int64_t end) {
+                for (; row < end; ++row) {
+                    buckets[row] = bucket_of(row, protect_from);
+                    if (buckets[row] != kStays) ++in_bucket[buckets[row]];
+                }
+            });
             std::copy_n(in_bucket, kBuckets, &counts[(size_t)part * kBuckets]);
         }
 
@@ -429,17 +459,28 @@ class SlotTable {
         int32_t newest = -1;
 #pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(max : newest)
         for (int part = 0; part < parts; ++part) {
-            const int64_t end = part_start(n_rows_, part + 1, parts);
             int64_t k = starts[part], quota = quotas[part];
-            for (int64_t row = part_start(n_rows_, part, parts); row < end; ++row) {
-                const int bucket = buckets[row];
-                if (bucket == kStays || bucket < last || (bucket == last && quota-- <= 0)) continue;
-                rows_out[k] = (int32_t)row;
-                slots_in[k++] = table[row].slot_plus_1 - 1;
-                newest = std::max(newest, table[row].view);
-            }
+            for_each_resident_block(part, parts, [&](int64_t row, int64_t end) {
+                for (; row < end; ++row) {
+                    const int bucket = buckets[row];
+                    if (bucket == kStays || bucket < last || (bucket == last && quota-- <= 0))
+                        continue;
+                    rows_out[k] = (int32_t)row;
+                    slots_in[k++] = table[row].slot_plus_1 - 1;
+                    newest = std::max(newest, table[row].view);
+                }
+            });
         }
         return newest;
+    }
+
+    // Calls `visit(begin, end)` for each run of rows of this thread's part that may be resident.
+    template <typename Visit>
+    void for_each_resident_block(int part, int parts, Visit visit) const {
+        const int64_t end = part_start(blocks_of(n_rows_), part + 1, parts);
+        for (int64_t block = part_start(blocks_of(n_rows_), part, parts); block < end; ++block)
+            if (residents_[block] > 0)
+                visit(block * kBlock, std::min(n_rows_, (block + 1) * kBlock));
     }
 
     uint8_t bucket_of(int64_t row, int64_t protect_from) {

@@ -15,6 +15,7 @@ constexpr float kSmallestNormal = 1.17549435e-38f;
 // Rows ahead whose cache lines are requested: a row is 3 x 4 lines in three arrays, too scattered
 // for the hardware prefetcher when ids have gaps.
 constexpr int64_t kAhead = 6;
+constexpr int64_t kFarAhead = 24;  // where a row takes next to no time
 // Rows from which all threads pay: waking one costs more than stepping some hundred rows.
 constexpr int64_t kRowsForThreads = 4096;
 // gsplat draws a Gaussian out to 3 (1.4) or 3.33 (1.5) standard deviations.
@@ -100,9 +101,21 @@ inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
 }
 
 // One column of the row that starts at `at`, as it would be if the row were settled. At gap 0 S is 0.
-inline float settled(const RowStore &s, const SkipTables &t, const Skip &skip, int64_t at, int c) {
+inline float settled(const RowStore &s, const SkipTables &t, int64_t stamp, int64_t at, int c) {
+    const int64_t gap = t.step - stamp;
+    const float S = gap <= t.horizon ? t.skip[gap * s.width + c]
+                                     : t.tail[stamp * t.n_groups + t.group[c]];
     return s.params[at + c] -
-           skip.S[c] * s.exp_avg[at + c] / (sqrtf(s.exp_avg_sq[at + c]) + t.eps[c] * skip.f);
+           S * s.exp_avg[at + c] / (sqrtf(s.exp_avg_sq[at + c]) + t.eps[c] * t.eps_scale[stamp]);
+}
+
+// The four cache lines of a row that `summarize` reads, of which it writes one.
+inline void prefetch_summary(const RowStore &s, int64_t row) {
+    const int64_t at = row * s.width;
+    __builtin_prefetch(s.params + at + s.scale);
+    __builtin_prefetch(s.params + at + s.stamp, 1);
+    __builtin_prefetch(s.exp_avg + at + s.scale);
+    __builtin_prefetch(s.exp_avg_sq + at + s.scale);
 }
 
 // Position in ids of the i-th row of the selection.
@@ -220,17 +233,17 @@ void summarize(const RowStore &s, const SkipTables &t, int64_t n, float *out) {
     for (int64_t row = 0; row < n; ++row) {
         const int64_t at = row * s.width;
         float *w = s.params + at;
-        float scratch[kMaxWidth];
-        const Skip skip = skip_of(t, s.width, stamp_of(s, w), scratch);
-        float largest = settled(s, t, skip, at, s.scale);
+        if (row + kFarAhead < n) prefetch_summary(s, row + kFarAhead);
+        const int64_t stamp = stamp_of(s, w);
+        float largest = settled(s, t, stamp, at, s.scale);
         for (int c = s.scale + 1; c < s.scale + 3; ++c) {
-            const float scale = settled(s, t, skip, at, c);
+            const float scale = settled(s, t, stamp, at, c);
             if (!(largest >= scale)) largest = largest != largest ? largest : scale;
         }
         out[row] = w[s.grad2d] / (w[s.count] > 1.0f ? w[s.count] : 1.0f);
         out[n + row] = w[s.max_radius];
         out[2 * n + row] = largest;
-        out[3 * n + row] = settled(s, t, skip, at, s.opacity);
+        out[3 * n + row] = settled(s, t, stamp, at, s.opacity);
         w[s.grad2d] = w[s.count] = w[s.max_radius] = 0.0f;
     }
 }
@@ -239,9 +252,7 @@ void limit_opacities(const RowStore &s, const SkipTables &t, int64_t n, float mo
 #pragma omp parallel for schedule(static) num_threads(threads_for(n))
     for (int64_t row = 0; row < n; ++row) {
         const int64_t at = row * s.width, opacity = at + s.opacity;
-        float scratch[kMaxWidth];
-        const Skip skip = skip_of(t, s.width, stamp_of(s, s.params + at), scratch);
-        const float now = settled(s, t, skip, at, s.opacity);
+        const float now = settled(s, t, stamp_of(s, s.params + at), at, s.opacity);
         // Without moments it will not move until its next gradient, whatever the row's stamp says.
         s.params[opacity] = now > most ? most : now;
         s.exp_avg[opacity] = s.exp_avg_sq[opacity] = 0.0f;

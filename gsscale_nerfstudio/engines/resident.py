@@ -223,13 +223,13 @@ class ResidentEngine(HostEngine):
         limit = self.budget.cache_rows(
             self.device, self._row_bytes, self._view_rows, largest.pixels, self._observed, have
         )
-        wanted = min(limit, rows + rows // 4)
+        wanted = min(limit, rows + rows // 8)
         # A little over is let be, and a little under: a new cache costs more.
         if self._cache is not None and have <= 1.03 * limit:
             if have < min(rows, 0.97 * wanted):
                 self._synchronize()  # rows may be on their way into the arrays that are replaced
                 self._cache.grow(wanted)
-                self._synchronize()
+                self._release_memory()
             return
         if self._cache is not None:
             self._cache.write_back(self._rows_done)
@@ -249,6 +249,12 @@ class ResidentEngine(HostEngine):
         # Its memory may have been another stream's, which has to be done with it.
         self._synchronize()
 
+    def _release_memory(self) -> None:
+        """Let go of what another cache took, or it would count as in use."""
+        self._synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -256,10 +262,7 @@ class ResidentEngine(HostEngine):
     def _drop_cache(self) -> None:
         self._cache = None
         self._expected.clear()
-        self._synchronize()
-        if self.device.type == "cuda":
-            # The next one has another size; its memory must not come on top of this one's.
-            torch.cuda.empty_cache()
+        self._release_memory()
 
     def _warn_once(self, message: str) -> None:
         if not self._warned:

@@ -115,10 +115,11 @@ class Model:
 class TableMachine(RuleBasedStateMachine):
     """Random views, some of them too large, against the model; rows come in runs."""
 
-    n_slots, n_rows = 24, 60
+    scale = 1
 
     def __init__(self) -> None:
         super().__init__()
+        self.n_slots, self.n_rows = 24 * self.scale, 60 * self.scale
         self.table, self.model = Table(self.n_slots, self.n_rows), Model(self.n_slots)
         self.view = self.protected = -1
 
@@ -128,7 +129,8 @@ class TableMachine(RuleBasedStateMachine):
         protect=st.integers(0, 6),
     )
     def plan(self, runs, skipped, protect):
-        ids = sorted({row for first, n in runs for row in range(first, first + n)})
+        s = self.scale
+        ids = sorted({row for first, n in runs for row in range(first * s, (first + n) * s)})
         ids = [row for row in ids if row < self.n_rows]
         view = self.view + skipped
         keep = max(self.protected, min(view, view - protect))
@@ -143,7 +145,7 @@ class TableMachine(RuleBasedStateMachine):
         distance=st.integers(1, 30),
     )
     def expect(self, first, n, distance):
-        ids = list(range(first, min(first + n, self.n_rows)))
+        ids = list(range(first * self.scale, min((first + n) * self.scale, self.n_rows)))
         last = self.view  # of those that had room
         self.table.expect(ids, last + distance)
         self.model.expect(ids, last + distance)
@@ -155,7 +157,9 @@ class TableMachine(RuleBasedStateMachine):
     )
     def edit(self, gone, more, slots):
         """Some rows go, those from the end take their places, and others are appended."""
-        gone = sorted(row for row in gone if row < self.n_rows)
+        gone = sorted(self.scale * row for row in gone)
+        more, slots = more * self.scale, slots * self.scale
+        gone = [row for row in gone if row < self.n_rows]
         n = self.n_rows - len(gone)
         sources = [row for row in range(n, self.n_rows) if row not in gone]
         targets = [row for row in gone if row < n]
@@ -188,7 +192,7 @@ class TableMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.view > 20)
     def clear(self, more):
         if more is not None:
-            self.n_rows = 60 + more
+            self.n_rows = (60 + more) * self.scale
         self.table.raw.clear(None if more is None else self.n_rows)
         self.model = Model(self.n_slots)
 
@@ -204,8 +208,16 @@ class TableMachine(RuleBasedStateMachine):
         assert everything == [residents.get(row, -1) for row in range(self.n_rows)]
 
 
+class LargeTableMachine(TableMachine):
+    """Several of the blocks in which residents are counted."""
+
+    scale = 50
+
+
 TestTableMachine = TableMachine.TestCase
 TestTableMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLargeTableMachine = LargeTableMachine.TestCase
+TestLargeTableMachine.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.usefixtures("four_threads")
