@@ -49,7 +49,8 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     engine: Literal["auto", "host", "resident"] = "auto"
     """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
     the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
-    Gaussian that a view sees, and is slower. "auto": resident where there is a GPU."""
+    Gaussian that a view sees, and is slower. "auto": resident where there is a GPU, until the
+    measured rates of link and host memory say that the other one is clearly faster."""
     vram_budget_gb: float | None = None
     """GPU memory, in 10^9 bytes, that training may take in all with the resident engine: the
     larger, the fewer Gaussians cross the link at each step. Unset: 90 % of what is free."""

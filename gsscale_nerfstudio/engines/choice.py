@@ -28,4 +28,4 @@ def make_engine(name: str, store: HostStore, vram_budget_gb: float | None) -> En
     cpu = torch.device("cpu")
     if name == "host":
         return HostEngine(store, cpu)
-    return ResidentEngine(store, cpu, Budget(vram_budget_gb), fallback=name == "auto")
+    return ResidentEngine(store, cpu, Budget(vram_budget_gb), auto=name == "auto")

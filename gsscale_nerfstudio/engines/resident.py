@@ -17,6 +17,7 @@ from gsscale_nerfstudio.engines.budget import Budget, view_bytes
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
+from gsscale_nerfstudio.engines.rates import Rates
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import (
     Mark,
@@ -74,14 +75,14 @@ class ResidentEngine(HostEngine):
         store: the rows.
         device: where the rasterizer runs.
         budget: how much GPU memory may be used.
-        fallback: be the host engine on a machine without a GPU, instead of refusing to train.
+        auto: be the host engine on a machine without a GPU, and where that turns out to be faster.
     """
 
     def __init__(
-        self, store: HostStore, device: torch.device, budget: Budget, fallback: bool = False
+        self, store: HostStore, device: torch.device, budget: Budget, auto: bool = False
     ) -> None:
         self.budget = budget
-        self.fallback = fallback
+        self.auto = auto
         self._caching = False
         self._cache: RowCache | None = None
         self._blocked = False  # an announced view was not admitted
@@ -90,14 +91,16 @@ class ResidentEngine(HostEngine):
 
     def _start_training(self) -> None:
         on_gpu = self.device.type == "cuda"
-        self._caching = on_gpu or (kernels_run_on(self.device) and not self.fallback)
+        self._caching = on_gpu or (kernels_run_on(self.device) and not self.auto)
         if not self._caching:
-            if not self.fallback:
+            if not self.auto:
                 raise GSScaleError(
                     "the resident engine keeps Gaussians in GPU memory and there is no GPU; use "
                     "--pipeline.model.engine host (or auto)"
                 )
             return
+        self._rates = Rates.measure(self.device) if self.auto else None
+        self._counted = (0.0, 0.0)  # rows, and of these missed, when the rates were last asked
         self._tables = DeviceTables(self.history, self.device)
         self._returns = SideStream(self.device)
         self._changed: deque[_NewSpheres] = deque()
@@ -122,6 +125,9 @@ class ResidentEngine(HostEngine):
             return super()._prepare(view, step, ahead)
         if self._unfit and not ahead:
             self._fit_cache()
+            if self._host_is_faster():
+                self._stop_caching("the link is too slow for the Gaussians that have to cross it")
+                return super()._prepare(view, step, ahead)
         with self._timed("spheres_s"):
             self._take_spheres(wait_for_all=not ahead)
         with self._timed("cull_s"):
@@ -180,7 +186,10 @@ class ResidentEngine(HostEngine):
         if prepared.admission is None:
             prepared = self._make_room(prepared)
             if prepared.admission is None:
-                self._stop_caching(len(prepared.ids))
+                self._stop_caching(
+                    f"the GPU memory budget cannot hold a view of {len(prepared.ids):,} Gaussians "
+                    "and their optimizer state"
+                )
                 return super()._bring(PreparedView(prepared.ids))
         self._current = prepared
         admission = prepared.admission
@@ -243,11 +252,20 @@ class ResidentEngine(HostEngine):
         if not self._told:
             self._told = True
             CONSOLE.print(
-                f"gsscale: engine resident. The GPU has room for {limit:,} Gaussians with their "
-                "Adam state; beyond that the least needed ones wait in host memory."
+                f"gsscale: engine resident{self._why()}. The GPU has room for {limit:,} Gaussians "
+                "with their Adam state; beyond that the least needed ones wait in host memory."
             )
         # Its memory may have been another stream's, which has to be done with it.
         self._synchronize()
+
+    def _why(self) -> str:
+        if self._rates is None:
+            return ""
+        link, memory = self._rates.link / 1e9, self._rates.memory / 1e9
+        return (
+            f", chosen by auto: rows that miss the cache cross the link at {link:.0f} GB/s, while "
+            f"Adam on the CPU would take all of a view's through host memory at {memory:.0f} GB/s"
+        )
 
     def _release_memory(self) -> None:
         """Let go of what another cache took, or it would count as in use."""
@@ -269,15 +287,28 @@ class ResidentEngine(HostEngine):
             self._warned = True
             CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {message}")
 
-    def _stop_caching(self, n: int) -> None:
+    def _host_is_faster(self) -> bool:
+        """Whether the host engine should take over, by the views since the last time."""
+        rows, missed = (self.counters[name] for name in ("rows", "rows_missed"))
+        since, self._counted = self._counted, (rows, missed)
+        if self._rates is None or self._cache is None or len(self._cache) >= len(self.store):
+            return False
+        layout = self.store.layout
+        # Clearly: it is a guess, and there is no way back.
+        return self._rates.host_seconds(rows - since[0], layout) < 0.7 * (
+            self._rates.resident_seconds(missed - since[1], layout)
+        )
+
+    def _stop_caching(self, reason: str) -> None:
         """Go on as the host engine."""
         self._take_spheres(wait_for_all=True)
+        if self._cache is not None:
+            self._cache.write_back(self._rows_done)
+            self._drop_cache()
         self._caching = False
-        self._cache = None
         CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] the GPU memory budget cannot hold a view of "
-            f"{n:,} Gaussians and their optimizer state; from here on Adam runs on the CPU (engine "
-            "host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
+            f"[bold yellow]gsscale:[/bold yellow] {reason}; from here on Adam runs on the CPU "
+            "(engine host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
         )
 
     # -- rendering and stepping ------------------------------------------------------------------

@@ -11,6 +11,7 @@ from gsscale_nerfstudio.cull import Culler
 from gsscale_nerfstudio.densify import RowStrategy
 from gsscale_nerfstudio.engines import Budget, ResidentEngine
 from gsscale_nerfstudio.engines import make_engine as engine_of
+from gsscale_nerfstudio.engines.rates import Rates
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import HostStore, RowLayout
@@ -346,3 +347,31 @@ def test_a_cache_follows_the_room_that_there_is():
     engine.settle()
     errors = largest_errors(engine.store, dense(before, seen, 25))
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("link, engine_is", [(1e3, "host"), (1e12, "resident")])
+def test_auto_leaves_a_link_that_is_too_slow(link, engine_is, capsys):
+    layout = RowLayout(1)
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", largest_view(layout) + 20)
+    before = copies(engine.store)
+
+    def ask(step: int) -> None:
+        engine._rates = Rates(link=link, memory=1e9)
+        if step == 10:
+            engine.rest()
+            engine._fit_later()
+
+    seen = drive(engine, 20, after_step=ask)
+    assert engine._caching == (engine_is == "resident")
+    assert ("link is too slow" in capsys.readouterr().out) == (engine_is == "host")
+    engine.settle()
+    errors = largest_errors(engine.store, dense(before, seen, 20))
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rates_are_measured(device):
+    rates = Rates.measure(torch.device(device))
+    assert 1e8 < rates.link < 1e13 and 1e8 < rates.memory < 1e13
+    layout = RowLayout(3)
+    assert rates.host_seconds(100, layout) > rates.resident_seconds(1, layout) > 0
