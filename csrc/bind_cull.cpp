@@ -9,6 +9,7 @@
 
 #include "buffers.h"
 #include "cull.h"
+#include "ids.h"
 
 namespace gsscale {
 
@@ -56,12 +57,11 @@ void replace_spheres(Floats2 spheres, int64_t n_rows, Ids ids, Floats2 values, i
     if (n_rows < 0 || n_rows > (int64_t)spheres.shape(0))
         throw std::invalid_argument("n_rows outside of spheres");
     const int32_t *id = ids.data();
-    bool inside = true;
-    for (int64_t i = 0; i < n; ++i) inside &= id[i] >= 0 && id[i] < n_rows;
-    if (!inside) throw std::invalid_argument("row id outside of the first n_rows rows");
     const float *from = values.data();
     float *to = spheres.data();
     nb::gil_scoped_release release;
+    if (!all_below(n_rows, id, nullptr, n))
+        throw std::invalid_argument("row id outside of the first n_rows rows");
     const int n_threads = threads_for(n, kIdsToScan, threads);
 #pragma omp parallel for schedule(static) num_threads(n_threads)
     for (int64_t i = 0; i < n; ++i) std::copy_n(from + 4 * i, 4, to + 4 * (int64_t)id[i]);

@@ -279,7 +279,8 @@ def settle_and_step_rows(
     m *= d1[:, None]
     v *= d2[:, None]
 
-    row = i[:, None].to(tl.int64)
+    row_of = i.to(tl.int64)
+    row = row_of[:, None]
     # Each load reads the columns of one attribute only; together they are the gradient row.
     g = tl.load(g_means + row * 3 + column, mask=take & (column < 3), other=0.0)
     g += tl.load(
@@ -319,24 +320,35 @@ def settle_and_step_rows(
     tl.store(cache_m + at, m, mask=take)
     tl.store(cache_v + at, v, mask=take)
 
-    # The culler's sphere, as write_sphere in rows.cpp: room for all that skipped steps can add.
-    reach = tl.load(reach_of + column, mask=inside, other=0.0)
+    # The culler's sphere, as write_sphere in rows.cpp: room for all that skipped steps can add. A
+    # thread per row reads the few columns again, as this program's threads have just written them:
+    # cheaper than adding up a tile's columns.
+    tl.debug_barrier()
     now = tl.load(eps_scale + step)
-    motion = tl.div_rn(reach * m, tl.sqrt_rn(v) + eps * now)
-    mean = column < 3
-    moved = tl.sum(tl.where(mean, motion * motion, 0.0), axis=1)
-    distance = tl.sum(tl.where(mean, tl.abs(w), 0.0), axis=1)
-    grown = tl.where(motion < 0.0, w - motion, w)
-    scale = (column >= 3) & (column < 6)
-    largest = tl.max(tl.where(scale, grown, float("-inf")), axis=1)
-    # A maximum may pass over NaN; a sum does not, and the culler keeps what is not a number.
-    broken = tl.sum(tl.where(scale, grown * 0.0, 0.0), axis=1)
-    radius = 3.3301 * tl.exp(largest) + tl.sqrt_rn(moved) + 1e-6 * distance + broken
-    corner = tl.arange(0, 4)[None, :]
-    x = tl.sum(tl.where(column == 0, w, 0.0), axis=1)[:, None]
-    y = tl.sum(tl.where(column == 1, w, 0.0), axis=1)[:, None]
-    z = tl.sum(tl.where(column == 2, w, 0.0), axis=1)[:, None]
-    sphere = tl.where(
-        corner == 0, x, tl.where(corner == 1, y, tl.where(corner == 2, z, radius[:, None]))
-    )
-    tl.store(spheres + row * 4 + corner, sphere, mask=live[:, None])
+    first = slot * WIDTH
+    moved = tl.zeros([ROWS], tl.float32)
+    distance = tl.zeros([ROWS], tl.float32)
+    for axis in tl.static_range(3):
+        c_w = tl.load(cache_w + first + axis, mask=live, other=0.0)
+        motion = _motion(cache_m, cache_v, first + axis, live, reach_of, eps_of, axis, now)
+        moved += motion * motion
+        distance += tl.abs(c_w)
+        tl.store(spheres + 4 * row_of + axis, c_w, mask=live)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    for axis in tl.static_range(3, 6):
+        c_w = tl.load(cache_w + first + axis, mask=live, other=0.0)
+        motion = _motion(cache_m, cache_v, first + axis, live, reach_of, eps_of, axis, now)
+        grown = tl.where(motion < 0.0, c_w - motion, c_w)
+        # The culler keeps what is not a number.
+        largest = tl.maximum(largest, grown, propagate_nan=tl.PropagateNan.ALL)
+    radius = 3.3301 * tl.exp(largest) + tl.sqrt_rn(moved) + 1e-6 * distance
+    tl.store(spheres + 4 * row_of + 3, radius, mask=live)
+
+
+@triton.jit
+def _motion(cache_m, cache_v, at, live, reach_of, eps_of, column, now):
+    """Bound, with its sign, of how far skipped steps can still move one column of each row."""
+    m = tl.load(cache_m + at, mask=live, other=0.0)
+    v = tl.load(cache_v + at, mask=live, other=0.0)
+    reach = tl.load(reach_of + column)
+    return tl.div_rn(reach * m, tl.sqrt_rn(v) + tl.load(eps_of + column) * now)
