@@ -57,17 +57,16 @@ class GSScaleTrainer(Trainer):
     def save_checkpoint(self, step: int) -> None:
         """Write ``step-NNNNNNNNN.ckpt``, in Nerfstudio's format, atomically."""
         path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
-        checkpoint.save(
-            {
+        # Taken between steps, but Nerfstudio lets the viewer's thread render at that time.
+        with self.train_lock:
+            state = {
                 "step": step,
                 "pipeline": self.pipeline.state_dict(),
                 "optimizers": {k: v.state_dict() for k, v in self.optimizers.optimizers.items()},
                 "schedulers": {k: v.state_dict() for k, v in self.optimizers.schedulers.items()},
                 "scalers": self.grad_scaler.state_dict(),
-            },
-            path,
-            scratch=self.base_dir,
-        )
+            }
+        checkpoint.save(state, path, scratch=self.base_dir)
         if self.config.save_only_latest_checkpoint:
             for other in self.checkpoint_dir.glob("*.ckpt"):
                 if other != path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
@@ -26,6 +27,21 @@ from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
 from gsscale_nerfstudio.optim.row_group import RowGroup
 from gsscale_nerfstudio.store import GROUPS, HostStore
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Nothing inside is cut short by Nerfstudio's viewer.
+
+    It renders in a thread of its own, under a trace function that raises at any line of Python once
+    the camera has moved: with half of a step done, for instance.
+    """
+    trace = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
 
 
 @dataclass(frozen=True)
@@ -245,9 +261,10 @@ class Engine(ABC):
 
         Leaves the rows, a training step under way and an announced view as they are.
         """
-        self._wait_for_worker()
-        self._finish_step()
-        return self._fetch(view)
+        with uninterrupted():
+            self._wait_for_worker()
+            self._finish_step()
+            return self._fetch(view)
 
     def _cull(self, view: View, step: int, keep: bool = True) -> Tensor:
         """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done.
@@ -283,11 +300,12 @@ class Engine(ABC):
 
     def settle(self) -> None:
         """Make every row in the store current, parameters and moments."""
-        self._wait_for_worker()
-        self._finish_step()
-        if not self._settled:
-            self._settle()
-            self._settled = True
+        with uninterrupted():
+            self._wait_for_worker()
+            self._finish_step()
+            if not self._settled:
+                self._settle()
+                self._settled = True
 
     @abstractmethod
     def _settle(self) -> None:

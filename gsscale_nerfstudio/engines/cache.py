@@ -146,8 +146,9 @@ class RowCache:
             slots = torch.empty_like(rows)
             self.table.lookup(rows.numpy(), slots.numpy())
             rows, slots = rows[slots >= 0], slots[slots >= 0]
+        moves = torch.stack([torch.full_like(rows, -1), slots, rows], dim=1)
         with self._link.active(after=stepped):
-            self._exchange(torch.stack([torch.full_like(rows, -1), slots, rows], dim=1))
+            self._exchange(moves)
             wait(self._link.mark())
 
     def forget(self) -> None:

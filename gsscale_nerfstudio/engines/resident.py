@@ -390,6 +390,7 @@ class ResidentEngine(HostEngine):
     def rows_changed(self) -> None:
         super().rows_changed()
         if self._caching and self._cache is not None:
+            self._synchronize()  # a render may still read the slots
             self._cache.forget()
             self._expected.clear()
             self._fit_later()
@@ -417,6 +418,7 @@ class ResidentEngine(HostEngine):
         super()._limit_opacities(most)
         if self._caching and self._cache is not None:
             self._cache.limit_opacities(most, self._tables)
+            self._rows_done = mark_current(self.device)
 
     def _bring_home(self, ids: Tensor) -> None:
         if self._caching and self._cache is not None:

@@ -43,8 +43,19 @@ def available_memory() -> int:
     for limit_file, used_file in _CGROUPS:
         limit, used = _number(limit_file), _number(used_file)
         if limit is not None and used is not None:
-            available = min(available, limit - used)
+            # What counts as used includes files in the cache, which give way.
+            available = min(available, limit - used + _reclaimable(Path(used_file).parent))
     return available
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of a cgroup's memory that hold files nobody has used lately."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split() for line in lines)
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
 def _number(file: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
@@ -375,3 +376,41 @@ def test_rates_are_measured(device):
     assert 1e8 < rates.link < 1e13 and 1e8 < rates.memory < 1e13
     layout = RowLayout(3)
     assert rates.host_seconds(100, layout) > rates.resident_seconds(1, layout) > 0
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cache_rows", [ROWS, None])
+@pytest.mark.parametrize("after", [1, 3, 10, 30, 100])
+def test_a_render_is_whole_or_not_at_all(cache_rows, after):
+    """Nerfstudio's viewer gives up a render by raising from a trace function, at any line."""
+    layout = RowLayout(1)
+    engines = [make_engine(random_rows(ROWS, layout), layout, "cpu", cache_rows) for _ in range(2)]
+    views = ring_of_views()
+
+    def look(step: int) -> None:
+        lines = 0
+
+        def trace(frame, event, arg):
+            nonlocal lines
+            lines += 1
+            if lines > after:
+                raise Interrupted
+            return trace
+
+        sys.settrace(trace)
+        try:
+            engines[1].fetch(views[step % len(views)])
+        except Interrupted:
+            pass
+        finally:
+            sys.settrace(None)
+
+    drive(engines[0], 12)
+    drive(engines[1], 12, before_step=look)
+    for engine in engines:
+        engine.settle()
+    errors = largest_errors(engines[1].store, copies(engines[0].store))
+    assert max(errors.values()) < 1e-5, errors
