@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import (
     Mark,
     SideStream,
+    Stress,
     mark_current,
     reached,
     wait,
@@ -50,6 +52,15 @@ class _Prepared:
     number: int
     pixels: int
     admission: Admission | None
+
+
+@dataclass(frozen=True)
+class _Culled:
+    """Rows of a view that is not admitted yet; ``step`` steps will be done when it begins."""
+
+    view: View
+    step: int
+    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,9 @@ class ResidentEngine(HostEngine):
         self._caching = False
         self._cache: RowCache | None = None
         self._blocked = False  # an announced view was not admitted
-        self._depth = 2
+        self._depth = 1  # views that are admitted ahead
+        self._culled: _Culled | None = None
+        self._culling: Future[None] | None = None
         super().__init__(store, device)
 
     def _start_training(self) -> None:
@@ -128,10 +141,10 @@ class ResidentEngine(HostEngine):
             if self._host_is_faster():
                 self._stop_caching("the link is too slow for the Gaussians that have to cross it")
                 return super()._prepare(view, step, ahead)
-        with self._timed("spheres_s"):
-            self._take_spheres(wait_for_all=not ahead)
-        with self._timed("cull_s"):
-            ids = self._cull(view, step)
+        culled, self._culled = self._culled, None
+        if culled is None or culled.step != step or not culled.view.same_as(view):
+            culled = self._cull_now(view, step, wait_for_all=not ahead)
+        ids = culled.ids
         self._prepared_views += 1
         prepared = _Prepared(ids, self._prepared_views, view.width * view.height, None)
         # A cache of another size is not made while rows of this one are being stepped, and views
@@ -148,13 +161,37 @@ class ResidentEngine(HostEngine):
         self._blocked |= ahead and prepared.admission is None
         return prepared
 
+    def _cull_now(self, view: View, step: int, wait_for_all: bool) -> _Culled:
+        with self._timed("spheres_s"):
+            self._take_spheres(wait_for_all)
+        with self._timed("cull_s"):
+            return _Culled(view, step, self._cull(view, step))
+
+    def announce(self, views: Sequence[View]) -> None:
+        known = len(self._announced)
+        super().announce(views)
+        if self._caching and self._depth == 1 and len(self._announced) > known and len(views) > 1:
+            # So that the next view can be admitted as soon as this one has begun.
+            step = self.step_count + 2
+            self._culling = self._worker.submit(self._cull_ahead, views[1], step)
+
+    def _cull_ahead(self, view: View, step: int) -> None:
+        Stress.delay()
+        self._culled = self._cull_now(view, step, wait_for_all=False)
+
+    def _wait_for_worker(self) -> None:
+        if self._culling is not None:
+            self._culling.result()
+            self._culling = None
+        super()._wait_for_worker()
+
     def _forget_announced(self) -> None:
         super()._forget_announced()
         self._blocked = False
+        self._culled = None
 
     @property
     def prepared_ahead(self) -> int:
-        # Two, so that the link goes on with the second one's rows when it has done the first's.
         return self._depth if self._caching else super().prepared_ahead
 
     @property
@@ -239,6 +276,7 @@ class ResidentEngine(HostEngine):
                 self._synchronize()  # rows may be on their way into the arrays that are replaced
                 self._cache.grow(wanted)
                 self._release_memory()
+                self._depth = self._depth_for(wanted)
             return
         if self._cache is not None:
             self._cache.write_back(self._rows_done)
@@ -247,7 +285,7 @@ class ResidentEngine(HostEngine):
             return
         from gsscale_nerfstudio.engines.cache import RowCache
 
-        self._depth = 2
+        self._depth = self._depth_for(wanted)
         self._cache = RowCache(self.store, self.device, wanted)
         if not self._told:
             self._told = True
@@ -257,6 +295,16 @@ class ResidentEngine(HostEngine):
             )
         # Its memory may have been another stream's, which has to be done with it.
         self._synchronize()
+
+    def _depth_for(self, slots: int) -> int:
+        """How many views to admit ahead.
+
+        With two, the link goes on with the second one's rows when it has done the first's. But rows
+        of the present view and of all that are admitted cannot leave, and in a small cache what
+        could have stayed goes for them.
+        """
+        roomy = slots >= min(len(self.store), 8 * len(self._largest.ids))
+        return 2 if roomy else 1
 
     def _why(self) -> str:
         if self._rates is None:
