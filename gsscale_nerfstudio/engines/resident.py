@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -14,19 +13,16 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.budget import Budget, view_bytes
+from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
-from gsscale_nerfstudio.engines.rates import Rates
-from gsscale_nerfstudio.engines.staging import Staging
+from gsscale_nerfstudio.engines.returns import SphereReturns
+from gsscale_nerfstudio.engines.sizing import CacheSizing
 from gsscale_nerfstudio.engines.streams import (
     Mark,
-    SideStream,
     Stress,
     mark_current,
-    reached,
-    wait,
     wait_in_stream,
 )
 from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
@@ -50,7 +46,6 @@ class _Prepared:
 
     ids: Tensor
     number: int
-    pixels: int
     admission: Admission | None
 
 
@@ -61,18 +56,6 @@ class _Culled:
     view: View
     step: int
     ids: Tensor
-
-
-@dataclass(frozen=True)
-class _NewSpheres:
-    """Spheres that a step has changed, on their way to the host."""
-
-    step: int
-    ids: Tensor
-    on_device: Tensor  # held until it has been copied
-    staging: Staging
-    on_host: Tensor
-    arrived: Mark
 
 
 class ResidentEngine(HostEngine):
@@ -112,21 +95,15 @@ class ResidentEngine(HostEngine):
                     "--pipeline.model.engine host (or auto)"
                 )
             return
-        self._rates = Rates.measure(self.device) if self.auto else None
-        self._counted = (0.0, 0.0)  # rows, and of these missed, when the rates were last asked
+        self._sizing = CacheSizing(self.budget, self.device, self.store.layout, self.auto)
+        self._returns = SphereReturns(self.store.capacity, self.device)
         self._tables = DeviceTables(self.history, self.device)
-        self._returns = SideStream(self.device)
-        self._changed: deque[_NewSpheres] = deque()
-        self._spare: list[Staging] = []
         self._prepared_views = 0
         self._current: _Prepared | None = None
         self._rows_done: Mark = None
         self._expected: dict[int, View] = {}  # by number: views that the cache was told of
         self._warned = self._told = False
-        self._view_rows = 0  # rows of a view that the cache leaves room for
         self._unfit = False  # rows were added or removed since the cache was fitted
-        self._largest = _Prepared(torch.empty(0), 0, 0, None)  # of the views so far
-        self._observed = 0  # bytes in use beside the cache and what that view should need
 
     # -- before the step -------------------------------------------------------------------------
 
@@ -138,7 +115,8 @@ class ResidentEngine(HostEngine):
             return super()._prepare(view, step, ahead)
         if self._unfit and not ahead:
             self._fit_cache()
-            if self._host_is_faster():
+            partial = self._cache is not None and len(self._cache) < len(self.store)
+            if self._sizing.host_is_faster(self.counters) and partial:
                 self._stop_caching("the link is too slow for the Gaussians that have to cross it")
                 return super()._prepare(view, step, ahead)
         culled, self._culled = self._culled, None
@@ -146,10 +124,11 @@ class ResidentEngine(HostEngine):
             culled = self._cull_now(view, step, wait_for_all=not ahead)
         ids = culled.ids
         self._prepared_views += 1
-        prepared = _Prepared(ids, self._prepared_views, view.width * view.height, None)
+        self._sizing.saw(len(ids), view.width * view.height)
+        prepared = _Prepared(ids, self._prepared_views, None)
         # A cache of another size is not made while rows of this one are being stepped, and views
         # are admitted in their order, or an earlier one's rows would not be kept for it.
-        fits = self._cache is not None and len(ids) <= self._view_rows
+        fits = self._cache is not None and len(ids) <= self._sizing.view_rows
         if fits and not (ahead and self._blocked):
             # Read in this order: rows that have become free to leave are done by that mark.
             keep_from = self._current.number if ahead and self._current else prepared.number
@@ -218,8 +197,6 @@ class ResidentEngine(HostEngine):
     def _bring(self, prepared: Any) -> WorkingSet:
         if not self._caching:
             return super()._bring(prepared)
-        if len(prepared.ids) > len(self._largest.ids):
-            self._largest = replace(prepared, admission=None)
         if prepared.admission is None:
             prepared = self._make_room(prepared)
             if prepared.admission is None:
@@ -230,7 +207,7 @@ class ResidentEngine(HostEngine):
                 return super()._bring(PreparedView(prepared.ids))
         self._current = prepared
         admission = prepared.admission
-        moved = (admission.missed + admission.written) * self._row_bytes
+        moved = (admission.missed + admission.written) * self._sizing.row_bytes
         self._count(len(prepared.ids), admission.missed, moved)
         # The rows must have arrived before they are read.
         wait_in_stream(admission.ready, self.device)
@@ -242,7 +219,7 @@ class ResidentEngine(HostEngine):
         """Admit a view that had no room while the last one was being trained."""
         self._forget_announced()  # none of the views after this one was admitted
         n = len(prepared.ids)
-        if self._cache is not None and n <= self._view_rows:
+        if self._cache is not None and n <= self._sizing.view_rows:
             if self._depth > 1:
                 self._depth -= 1
             else:
@@ -252,8 +229,7 @@ class ResidentEngine(HostEngine):
                     "--pipeline.model.vram-budget-gb if the GPU has more memory."
                 )
         else:
-            # Views differ; a larger one than expected may cost a new cache.
-            self._view_rows = max(self._view_rows, n + n // 8)
+            self._sizing.leave_room_for(n)  # which may cost a new cache
             self._fit_cache()
         if self._cache is None:
             return prepared
@@ -264,11 +240,9 @@ class ResidentEngine(HostEngine):
     def _fit_cache(self) -> None:
         """Make the cache as large as it may be and has to be, if there is room for a view."""
         have = len(self._cache) if self._cache is not None else 0
-        rows, largest = len(self.store), self._largest
+        rows = len(self.store)
         self._unfit = False
-        limit = self.budget.cache_rows(
-            self.device, self._row_bytes, self._view_rows, largest.pixels, self._observed, have
-        )
+        limit = self._sizing.limit(have)
         wanted = min(limit, rows + rows // 8)
         # A little over is let be, and a little under: a new cache costs more.
         if self._cache is not None and have <= 1.03 * limit:
@@ -276,44 +250,26 @@ class ResidentEngine(HostEngine):
                 self._synchronize()  # rows may be on their way into the arrays that are replaced
                 self._cache.grow(wanted)
                 self._release_memory()
-                self._depth = self._depth_for(wanted)
+                self._depth = self._sizing.views_ahead(wanted, rows)
             return
         if self._cache is not None:
             self._cache.write_back(self._rows_done)
             self._drop_cache()
-        if wanted < len(largest.ids):
+        if wanted < self._sizing.largest:
             return
         from gsscale_nerfstudio.engines.cache import RowCache
 
-        self._depth = self._depth_for(wanted)
+        self._depth = self._sizing.views_ahead(wanted, rows)
         self._cache = RowCache(self.store, self.device, wanted)
         if not self._told:
             self._told = True
             CONSOLE.print(
-                f"gsscale: engine resident{self._why()}. The GPU has room for {limit:,} Gaussians "
-                "with their Adam state; beyond that the least needed ones wait in host memory."
+                f"gsscale: engine resident{self._sizing.why()}. The GPU has room for {limit:,} "
+                "Gaussians with their Adam state; beyond that the least needed ones wait in host "
+                "memory."
             )
         # Its memory may have been another stream's, which has to be done with it.
         self._synchronize()
-
-    def _depth_for(self, slots: int) -> int:
-        """How many views to admit ahead.
-
-        With two, the link goes on with the second one's rows when it has done the first's. But rows
-        of the present view and of all that are admitted cannot leave, and in a small cache what
-        could have stayed goes for them.
-        """
-        roomy = slots >= min(len(self.store), 8 * len(self._largest.ids))
-        return 2 if roomy else 1
-
-    def _why(self) -> str:
-        if self._rates is None:
-            return ""
-        link, memory = self._rates.link / 1e9, self._rates.memory / 1e9
-        return (
-            f", chosen by auto: rows that miss the cache cross the link at {link:.0f} GB/s, while "
-            f"Adam on the CPU would take all of a view's through host memory at {memory:.0f} GB/s"
-        )
 
     def _release_memory(self) -> None:
         """Let go of what another cache took, or it would count as in use."""
@@ -334,18 +290,6 @@ class ResidentEngine(HostEngine):
         if not self._warned:
             self._warned = True
             CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {message}")
-
-    def _host_is_faster(self) -> bool:
-        """Whether the host engine should take over, by the views since the last time."""
-        rows, missed = (self.counters[name] for name in ("rows", "rows_missed"))
-        since, self._counted = self._counted, (rows, missed)
-        if self._rates is None or self._cache is None or len(self._cache) >= len(self.store):
-            return False
-        layout = self.store.layout
-        # Clearly: it is a guess, and there is no way back.
-        return self._rates.host_seconds(rows - since[0], layout) < 0.7 * (
-            self._rates.resident_seconds(missed - since[1], layout)
-        )
 
     def _stop_caching(self, reason: str) -> None:
         """Go on as the host engine."""
@@ -388,30 +332,17 @@ class ResidentEngine(HostEngine):
         slots = self._current.admission.slots
         spheres = self._cache.step(slots, working, self._tables, lrs)
         self._rows_done = mark_current(self.device)
-        staging = self._spare.pop() if self._spare else self._new_staging()
-        on_host = staging.rows(len(working))
-        with self._returns.active(after=self._rows_done):
-            on_host.copy_(spheres, non_blocking=True)
-            arrived = self._returns.mark()
-        self._changed.append(
-            _NewSpheres(self.step_count + 1, working.ids, spheres, staging, on_host, arrived)
-        )
+        self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done)
 
     def _step_recorded(self) -> None:
         if self._caching:
             self._tables.record()
 
-    def _new_staging(self) -> Staging:
-        return Staging(self.store.capacity, 4, self.device)
-
     def _take_spheres(self, wait_for_all: bool) -> None:
         """Let the culler know of the steps whose spheres have arrived."""
-        while self._changed and (wait_for_all or reached(self._changed[0].arrived)):
-            new = self._changed.popleft()
-            wait(new.arrived)
-            self.culler.replace(len(self.store), new.ids, new.on_host)
-            self._bounds_step = new.step
-            self._spare.append(new.staging)
+        step = self._returns.take(self.culler, len(self.store), wait_for_all)
+        if step is not None:
+            self._bounds_step = step
 
     # -- the host store --------------------------------------------------------------------------
 
@@ -428,9 +359,7 @@ class ResidentEngine(HostEngine):
 
     def restart(self, step: int) -> None:
         if self._caching:
-            for new in self._changed:  # of rows that are no more
-                wait(new.arrived)
-            self._changed.clear()
+            self._returns.drop()
         super().restart(step)
         if self._caching:
             self._tables.restart()
@@ -446,7 +375,7 @@ class ResidentEngine(HostEngine):
     def _fit_later(self) -> None:
         """Fit the cache before the next view, when the present one's tensors are gone."""
         assert self._cache is not None
-        self._observe_needs(len(self._cache))
+        self._sizing.observe(len(self._cache))
         self._unfit = True
 
     # -- densification ---------------------------------------------------------------------------
@@ -483,19 +412,6 @@ class ResidentEngine(HostEngine):
     def _sorted(self, order: Tensor) -> None:
         if self._caching and self._cache is not None:
             self._cache.table.permute(order.numpy())
-
-    def _observe_needs(self, cache_rows: int) -> None:
-        """Learn from the peak so far: what a row needs depends on how many tiles it covers."""
-        if self.device.type == "cuda":
-            # Memory that was needed once stays reserved, until a cache goes.
-            reserved = torch.cuda.memory_reserved(self.device)
-            expected = view_bytes(len(self._largest.ids), self._largest.pixels)
-            in_use = reserved - cache_rows * self._row_bytes - expected
-            self._observed = max(self._observed, in_use)
-
-    @property
-    def _row_bytes(self) -> int:
-        return 3 * self.store.layout.width * 4
 
     def move_to(self, device: torch.device) -> None:
         self.settle()

@@ -357,7 +357,7 @@ def test_auto_leaves_a_link_that_is_too_slow(link, engine_is, capsys):
     before = copies(engine.store)
 
     def ask(step: int) -> None:
-        engine._rates = Rates(link=link, memory=1e9)
+        engine._sizing.rates = Rates(link=link, memory=1e9)
         if step == 10:
             engine.rest()
             engine._fit_later()
