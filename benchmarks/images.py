@@ -57,6 +57,20 @@ def held_out_views(
     pipeline.train()
 
 
+@torch.no_grad()
+def metrics_of_views(pipeline: VanillaPipeline) -> list[dict[str, float]]:
+    """The metrics of each held-out view, as Nerfstudio averages them."""
+    model: Any = pipeline.model
+    data: Any = pipeline.datamanager
+    pipeline.eval()
+    metrics = [
+        model.get_image_metrics_and_images(model.get_outputs_for_camera(camera=camera), batch)[0]
+        for camera, batch in data.fixed_indices_eval_dataloader
+    ]
+    pipeline.train()
+    return metrics
+
+
 def to_jpeg(pixels: np.ndarray, max_side: int, max_bytes: int = MAX_BYTES) -> bytes:
     """Encode ``[H, W, 3]`` uint8, scaled to ``max_side``, coarser and smaller until it fits."""
     image = Image.fromarray(pixels)

@@ -36,6 +36,8 @@ There are no results yet. `python benchmarks/compare.py --scene DIR --steps N` m
 
 LEGEND = """
 - **PSNR**, **SSIM**: means over the images held out from training, as Nerfstudio evaluates them.
+- **lowest**: PSNR of the held-out image that came out worst; something afloat before one of them
+  moves the mean, too.
 - **it/s**: over the last 1000 steps (the last half of a shorter run), with the GPU's queue empty at
   both ends.
 - **wall s**: all training steps, loading the images included, without set-up and evaluation.

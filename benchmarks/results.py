@@ -36,6 +36,8 @@ class Run:
     psnr: float | None = None
     """Mean over the held-out images, in dB."""
     ssim: float | None = None
+    psnr_of_views: list[float] | None = None
+    """Of each held-out image: a floater before one of them moves the mean, too."""
     held_out_images: int | None = None
     gaussians: int | None = None
     it_per_s_last_1000: float | None = None

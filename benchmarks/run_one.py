@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
@@ -102,15 +103,17 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
 
     progress.phase("evaluating", args.steps)
     pipeline = trainer.pipeline
-    metrics = pipeline.get_average_eval_image_metrics(step=args.steps)
-    for key in ("psnr", "ssim"):
-        if not math.isfinite(metrics[key]):
-            raise RuntimeError(f"{key} on the held-out images is {metrics[key]}")
+    views = images.metrics_of_views(pipeline)
+    metrics = {key: fmean(view[key] for view in views) for key in ("psnr", "ssim")}
+    for key, mean in metrics.items():
+        if not math.isfinite(mean):
+            raise RuntimeError(f"{key} on the held-out images is {mean}")
     if args.save_images is not None:
         images.save_views(pipeline, args.save_images, args.name, args.images)
     return {
         "psnr": metrics["psnr"],
         "ssim": metrics["ssim"],
+        "psnr_of_views": [round(float(view["psnr"]), 3) for view in views],
         "held_out_images": len(pipeline.datamanager.eval_dataset),
         "gaussians": int(pipeline.model.num_points),
         **meter.result,

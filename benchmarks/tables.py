@@ -26,6 +26,7 @@ def run_table(comparison: Comparison) -> TextTable:
         "method",
         "seed",
         "PSNR",
+        "lowest",
         "SSIM",
         "Gaussians",
         "it/s",
@@ -37,7 +38,7 @@ def run_table(comparison: Comparison) -> TextTable:
     rows = []
     for group in group_runs(comparison):
         for run in sorted(group.runs + group.failed, key=lambda run: run.seed):
-            cells = _measured(run) if run.error is None else ["failed", *[MISSING] * 7]
+            cells = _measured(run) if run.error is None else ["failed", *[MISSING] * 8]
             rows.append([group.label, str(run.seed), *cells])
     return TextTable(columns, rows)
 
@@ -112,6 +113,7 @@ def describe_machine(machine: dict[str, Any]) -> str:
 def _measured(run: Run) -> list[str]:
     return [
         _text(run.psnr, "{:.2f}"),
+        _text(min(run.psnr_of_views) if run.psnr_of_views else None, "{:.1f}"),
         _text(run.ssim, "{:.4f}"),
         _text(run.gaussians, "{:,}"),
         _text(run.it_per_s_last_1000, "{:.1f}"),

@@ -37,6 +37,7 @@ def _make_run(method: str = "splatfacto", seed: int = 42, **fields: Any) -> Run:
         "overrides": [],
         "commit": "c" * 40,
         "psnr": 29.0,
+        "psnr_of_views": [31.0, 27.0],
         "ssim": 0.88,
         "held_out_images": 22,
         "gaussians": 800_000,

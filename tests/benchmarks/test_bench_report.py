@@ -77,7 +77,7 @@ def test_tables(make_run, make_comparison):
     comparison = make_comparison([make_run(), make_run("gsscale", error="killed")])
     runs = tables.run_table(comparison)
     assert runs.rows[0] == [
-        *["splatfacto", "42", "29.00", "0.8800", "800,000", "100.0", "150"],
+        *["splatfacto", "42", "29.00", "27.0", "0.8800", "800,000", "100.0", "150"],
         *["2.00", "2.50", "3.00"],
     ]
     assert runs.rows[1][:3] == ["gsscale (host)", "42", "failed"]
