@@ -2,7 +2,8 @@
 
 ``compare.py`` starts this file once for every run; alone it prints one run as a line of JSON.
 Differences to ``ns-train``: no evaluation and no checkpoint, during training or at its end, and
-random LPIPS weights where the real ones are missing (LPIPS is never reported).
+random LPIPS weights where the real ones are missing (LPIPS is never reported); on a CPU splatfacto
+draws with gsscale's reference rasterizer.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     from nerfstudio.scripts import train as ns_train
     from nerfstudio.utils import profiler
 
-    from benchmarks import images, ns_config
+    from benchmarks import cpu_splatfacto, images, ns_config
     from benchmarks.culling import check_culling
     from benchmarks.meter import TrainingMeter
     from benchmarks.offline import ensure_lpips_backbone
@@ -82,6 +83,8 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     config = ns_config.parse(arguments)
     config.save_config()
     ensure_lpips_backbone(args.scratch or output_dir)
+    if args.method in cpu_splatfacto.METHODS and config.machine.device_type == "cpu":
+        cpu_splatfacto.let_it_run()
 
     progress = ProgressFile(args.progress, args.steps)
     progress.phase("setting up", 0)

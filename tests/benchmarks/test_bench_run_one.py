@@ -195,17 +195,18 @@ def test_placeholder_stays_out_of_the_users_cache(tmp_path, monkeypatch):
     assert real.read_bytes() == b"real" and not (tmp_path / "other").exists()
 
 
-def write_scene(folder: Path, count: int = 4) -> Path:
-    """A transforms.json scene of grey images."""
+def write_scene(folder: Path, count: int = 4, scale: int = 1) -> Path:
+    """A transforms.json scene of grey images, 40 x 30 pixels times ``scale``."""
     frames = []
     (folder / "images").mkdir(parents=True)
     for index in range(count):
         pose = np.eye(4)
         pose[:3, 3] = [index, 0, 4]
         name = f"images/{index}.png"
-        Image.new("RGB", (40, 30), (100, 150, 200)).save(folder / name)
+        Image.new("RGB", (40 * scale, 30 * scale), (100, 150, 200)).save(folder / name)
         frames.append({"file_path": name, "transform_matrix": pose.tolist()})
-    intrinsics = {"w": 40, "h": 30, "fl_x": 40.0, "fl_y": 40.0, "cx": 20.0, "cy": 15.0}
+    pixels = {"w": 40, "h": 30, "fl_x": 40.0, "fl_y": 40.0, "cx": 20.0, "cy": 15.0}
+    intrinsics = {name: value * scale for name, value in pixels.items()}
     (folder / "transforms.json").write_text(json.dumps({**intrinsics, "frames": frames}))
     return folder
 
@@ -260,3 +261,40 @@ def test_compare_with_a_real_run(tmp_path):
     (log,) = (tmp_path / "logs").iterdir()
     assert log.name == "flat-seed42.log"
     assert "checkpoint is written" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_splatfacto_runs_beside_gsscale_without_a_gpu(tmp_path):
+    """Stock splatfacto, densification included, with the reference rasterizer in gsplat's place."""
+    scene = write_scene(tmp_path / "grey", count=6, scale=3)  # LPIPS wants 64 pixels a side
+    output = tmp_path / "grey.json"
+    settings = ["machine.device-type=cpu", "pipeline.model.num-random=200"]
+    settings += ["pipeline.model.random-scale=3", "pipeline.model.num-downscales=0"]
+    settings += ["pipeline.model.warmup-length=5", "pipeline.model.refine-every=10"]
+    settings += ["pipeline.model.reset-alpha-every=4", "pipeline.model.cull-alpha-thresh=0.02"]
+    done = subprocess.run(
+        [
+            *[sys.executable, str(machine.ROOT / "benchmarks" / "compare.py")],
+            *["--scene", str(scene), "--steps", "40", "--methods", "splatfacto", "gsscale"],
+            *["--overrides", *settings],
+            *["--dataparser-overrides", "eval-mode=interval", "eval-interval=3"],
+            *["--output", str(output), "--logs", str(tmp_path / "logs"), "--commit", "abc"],
+        ],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_HOME": str(tmp_path / "cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    stock, ours = json.loads(output.read_text())["runs"]
+    assert (stock["method"], ours["method"]) == ("splatfacto", "gsscale")
+    assert stock["psnr"] == pytest.approx(ours["psnr"], abs=2) and stock["psnr"] > 10
+    for log in (tmp_path / "logs").glob("*.log"):
+        assert "GSs duplicated" in log.read_text(), "densification did not run"

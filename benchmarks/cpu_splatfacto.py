@@ -1,0 +1,95 @@
+"""Stock splatfacto on a machine without a GPU, with gsscale's reference rasterizer for gsplat's.
+
+What is left of splatfacto is what gsscale replaces: dense Adam, gsplat's densification, the order
+of images. So a comparison on the CPU tells these apart from everything that a GPU does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METHODS = ("splatfacto", "splatfacto-big")
+
+
+class _ScreenGradients:
+    """What gsplat's strategy asks of ``info["means2d"]``, for one camera."""
+
+    def __init__(self, node: Tensor) -> None:
+        self._node = node
+
+    def retain_grad(self) -> None:
+        """The rendering has seen to it."""
+
+    @property
+    def grad(self) -> Tensor:
+        assert self._node.grad is not None
+        return self._node.grad.reshape(1, -1, 2)
+
+    @property
+    def absgrad(self) -> Tensor:
+        return self._node.absgrad.reshape(1, -1, 2)  # type: ignore[attr-defined]
+
+
+def rasterization(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    near_plane: float,
+    far_plane: float,
+    render_mode: str,
+    sh_degree: int | None,
+    absgrad: bool,
+    rasterize_mode: str,
+    packed: bool = False,
+    sparse_grad: bool = False,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """``gsplat.rasterization`` for one camera, as splatfacto calls it."""
+    from gsscale_nerfstudio.rasterize import rasterize
+
+    if packed or sparse_grad or len(viewmats) != 1:
+        raise NotImplementedError("only what nerfstudio 1.1.5's splatfacto asks for")
+    drawn = rasterize(
+        means,
+        quats,
+        scales,
+        opacities,
+        colors,
+        viewmats[0],
+        Ks[0],
+        width,
+        height,
+        sh_degree=sh_degree,
+        depth="ED" in render_mode,
+        absgrad=absgrad,
+        antialiased=rasterize_mode == "antialiased",
+        near=near_plane,
+        far=far_plane,
+    )
+    image = drawn.rgb if drawn.depth is None else torch.cat([drawn.rgb, drawn.depth], dim=-1)
+    info = {
+        "means2d": _ScreenGradients(drawn.means2d_node),
+        "radii": drawn.radii[None],
+        "width": width,
+        "height": height,
+        "n_cameras": 1,
+        "gaussian_ids": None,
+    }
+    return image[None], drawn.alpha[None], info
+
+
+def let_it_run() -> None:
+    """Change splatfacto in this process, for good."""
+    from nerfstudio.models import splatfacto
+
+    splatfacto.rasterization = rasterization
+    # It moves intrinsics and seed colours to a GPU, whatever the device.
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
