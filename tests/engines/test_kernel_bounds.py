@@ -1,0 +1,117 @@
+"""No kernel reads or writes beside the memory of its arguments, masked lanes aside.
+
+On a GPU such an access is silent more often than not: memory beside a tensor is another tensor's.
+Triton's interpreter asks us before each load and store here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from gsscale_nerfstudio.densify import RowStrategy
+from gsscale_nerfstudio.loss.fused import fused_photometric_loss
+from gsscale_nerfstudio.rasterize.tile_lists import tile_lists
+from gsscale_nerfstudio.store import RowLayout
+from tests.engines.driving import drive, make_engine, random_rows, ring_of_views
+from tests.engines.test_resident import ROWS, largest_view
+from tests.rasterize.test_tile_lists import splats
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled where there is a GPU"
+)
+
+
+@pytest.fixture
+def accesses(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Elements touched so far, by kernel; an access elsewhere fails the test."""
+    allowed: list[tuple[int, int]] = []
+    touched: dict[str, int] = {}
+    kernel = ""
+
+    def check(pointers: Any, mask: Any, size: int) -> None:
+        addresses = np.asarray(pointers)
+        addresses = addresses[np.broadcast_to(np.asarray(mask, bool), addresses.shape)]
+        addresses = addresses.astype(np.uint64)
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for first, end in allowed:
+            inside |= (addresses >= first) & (addresses + size <= end)
+        assert inside.all(), f"{kernel} touches {(~inside).sum()} elements beside its arguments"
+        touched[kernel] = touched.get(kernel, 0) + addresses.size
+
+    def patch(owner: Any, name: str, wrap: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: wrap(original, *args))
+
+    def launch(original: Any, grid: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal kernel
+        kernel = grid.fn.__name__
+        args, kwargs = original(grid, args, kwargs)
+        storages = [
+            value.untyped_storage()
+            for value in [*args, *kwargs.values()]
+            if isinstance(value, torch.Tensor) and value.numel()
+        ]
+        allowed[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+        return args, kwargs
+
+    def load(original: Any, builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        loaded = interpreter._get_np_dtype(pointers.get_element_ty())
+        check(pointers.data, mask.data, np.dtype(loaded).itemsize)
+        return original(builder, pointers, mask, *rest)
+
+    def store(original: Any, builder: Any, pointers: Any, value: Any, mask: Any, *r: Any) -> Any:
+        check(pointers.data, mask.data, value.data.dtype.itemsize)
+        return original(builder, pointers, value, mask, *r)
+
+    patch(interpreter.GridExecutor, "_init_args_hst", launch)
+    patch(interpreter.InterpreterBuilder, "create_masked_load", load)
+    patch(interpreter.InterpreterBuilder, "create_masked_store", store)
+    return touched
+
+
+@pytest.mark.parametrize("room", [1.5, None])
+def test_engines(accesses: dict[str, int], room: float | None) -> None:
+    """Rows come, go, are stepped, edited, reset and rendered, by either engine."""
+    layout = RowLayout(1)
+    slots = None if room is None else int(room * largest_view(layout))
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", slots)
+    strategy = RowStrategy(
+        grow_grad2d=0.95,
+        grow_scale3d=0.07,
+        refine_start_iter=5,
+        refine_every=10,
+        reset_every=15,
+        pause_refine_after_reset=2,
+        prune_opa=0.4,
+        verbose=False,
+    )
+    views = ring_of_views()
+    drive(
+        engine,
+        22,
+        before_step=lambda step: engine.fetch(views[step % len(views)]) and None,
+        after_step=lambda step: strategy.refine(engine, step),
+    )
+    engine.settle()
+    expected = {"exchange_rows", "gather_leaves", "settle_and_step_rows", "_summarize", "_limit"}
+    assert set(accesses) >= (expected if slots else {"unpack_rows", "pack_gradients"})
+    assert min(accesses.values()) > 1000
+
+
+@pytest.mark.parametrize("size", [(11, 11), (37, 53), (129, 200)])
+def test_the_loss(accesses: dict[str, int], size: tuple[int, int]) -> None:
+    render = torch.rand(*size, 3, requires_grad=True)
+    fused_photometric_loss(render, torch.rand(*size, 3), 0.2).backward()
+    assert len(accesses) == 2
+
+
+@pytest.mark.parametrize(("n", "width", "height"), [(1, 16, 16), (300, 100, 70), (1025, 640, 479)])
+def test_tile_lists(accesses: dict[str, int], n: int, width: int, height: int) -> None:
+    tile_lists(*splats(n, width, height, size=5.0, seed=1), width, height)
+    assert len(accesses) == 2
