@@ -33,8 +33,8 @@ class GSScaleDatamanagerConfig(FullImageDatamanagerConfig):
     the largest share of Gaussians that the present one sees, too. Each still comes once per epoch.
     With the resident engine and a cache smaller than the scene, fewer Gaussians cross the link:
     faster, or as fast with less GPU memory. The host engine sends every view's Gaussians in any
-    case. Images in a row are then similar, which may change what is learned. 1: Nerfstudio's
-    order."""
+    case. Images in a row are then alike, which costs quality: on an aerial scene, 16 took 0.01 of
+    SSIM and made a sixth more Gaussians. 1: Nerfstudio's order."""
 
 
 class GSScaleDatamanager(FullImageDatamanager):
