@@ -249,7 +249,9 @@ class ResidentEngine(HostEngine):
             if have < min(rows, 0.97 * wanted):
                 self._synchronize()  # rows may be on their way into the arrays that are replaced
                 self._cache.grow(wanted)
-                self._release_memory()
+                self._synchronize()
+                if limit < 2 * wanted:  # else there is plenty, and giving it back takes time
+                    self._release_memory()
                 self._depth = self._sizing.views_ahead(wanted, rows)
             return
         if self._cache is not None:

@@ -66,11 +66,10 @@ class CacheSizing:
     def observe(self, cached_rows: int) -> None:
         """Learn from what is in use: what a row needs depends on how many tiles it covers."""
         if self._device.type == "cuda":
-            # Memory that was needed once stays reserved, until a cache goes.
+            # Memory that was needed once stays reserved, until it is given back for another cache.
             reserved = torch.cuda.memory_reserved(self._device)
             expected = view_bytes(self.largest, self._pixels)
-            in_use = reserved - cached_rows * self.row_bytes - expected
-            self._observed = max(self._observed, in_use)
+            self._observed = max(0, reserved - cached_rows * self.row_bytes - expected)
 
     def views_ahead(self, slots: int, rows: int) -> int:
         """How many views to admit ahead, with so many slots for all rows.
