@@ -115,6 +115,10 @@ def test_eval_beats_the_mean_colour(run, tmp_path):
 def test_export_writes_the_trained_gaussians(run, tmp_path, mode):
     command("ns-export", "gaussian-splat", "--load-config", run[0], "--output-dir", tmp_path,
             "--ply-color-mode", mode)  # fmt: skip
+    ours = tmp_path / "ours.ply"
+    color = {"sh_coeffs": "sh", "rgb": "rgb"}[mode]
+    command("gsscale-export", "--load-config", run[0], "--output", ours, "--color", color)
+    assert ours.read_bytes() == (tmp_path / "splat.ply").read_bytes()
     vertices = PlyData.read(str(tmp_path / "splat.ply"))["vertex"]
     state = checkpoint_of(run[0])["pipeline"]
     kept = (state["_model.gauss_params.opacities"] >= -5.5373).flatten()

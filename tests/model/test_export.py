@@ -1,0 +1,101 @@
+"""``gsscale-export`` writes what ``ns-export gaussian-splat`` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import plyfile
+import pytest
+import torch
+from nerfstudio.models.splatfacto import SplatfactoModel
+from nerfstudio.scripts import exporter
+
+from gsscale_nerfstudio import export
+from gsscale_nerfstudio.errors import GSScaleError
+
+BOX = {
+    "obb_center": (0.1, 0.0, -0.2),
+    "obb_rotation": (0.3, 0.0, 0.1),
+    "obb_scale": (1.5, 1.0, 2.0),
+}
+
+
+def trained(n: int, sh_degree: int) -> SplatfactoModel:
+    """A splatfacto with random Gaussians, without what training needs."""
+    model = SplatfactoModel.__new__(SplatfactoModel)
+    torch.nn.Module.__init__(model)
+    generator = torch.Generator().manual_seed(4)
+    shapes = {
+        "means": (3,),
+        "scales": (3,),
+        "quats": (4,),
+        "features_dc": (3,),
+        "features_rest": ((sh_degree + 1) ** 2 - 1, 3),
+        "opacities": (1,),
+    }
+    model.gauss_params = torch.nn.ParameterDict(
+        {name: torch.randn(n, *shape, generator=generator) for name, shape in shapes.items()}
+    )
+    model.gauss_params["opacities"].data *= 4  # some are too faint to be drawn
+    model.config = SimpleNamespace(sh_degree=sh_degree)
+    return model
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """Make both exporters load a model of ours."""
+
+    def use(model: object) -> None:
+        def setup(*_: object, **__: object) -> tuple[object, ...]:
+            return None, SimpleNamespace(model=model), None, None
+
+        monkeypatch.setattr(exporter, "eval_setup", setup)
+        monkeypatch.setattr(export, "eval_setup", setup)
+
+    return use
+
+
+@pytest.mark.parametrize("box", [{}, BOX], ids=["all", "box"])
+@pytest.mark.parametrize(("color", "theirs"), [("sh", "sh_coeffs"), ("rgb", "rgb")])
+@pytest.mark.parametrize("sh_degree", [0, 3])
+def test_the_file_is_that_of_ns_export(run, tmp_path, monkeypatch, sh_degree, color, theirs, box):
+    monkeypatch.setattr(export, "_PIECE", 256)  # torch rounds alike in whole vectors
+    run(trained(1000, sh_degree))
+    exporter.ExportGaussianSplat(
+        load_config=tmp_path, output_dir=tmp_path, ply_color_mode=theirs, **box
+    ).main()
+    export.Export(tmp_path, output=tmp_path / "deep" / "ours.ply", color=color, **box).main()
+    expected, written = tmp_path / "splat.ply", tmp_path / "deep" / "ours.ply"
+    assert written.read_bytes() == expected.read_bytes()
+    assert [path.name for path in written.parent.iterdir()] == ["ours.ply"]
+    assert 20 < plyfile.PlyData.read(written)["vertex"].count < 950
+
+
+def test_what_is_not_finite_is_left_out(run, tmp_path):
+    """Alone: ns-export then leaves out everything if it is a position."""
+    model = trained(50, 1)
+    model.gauss_params["opacities"].data.fill_(1)
+    model.gauss_params["means"].data[3, 1] = float("nan")
+    model.gauss_params["features_rest"].data[7, 2, 0] = float("inf")
+    assert export.write_ply(model, tmp_path / "a.ply", "sh") == (48, 50)
+    vertex = plyfile.PlyData.read(tmp_path / "a.ply")["vertex"]
+    assert np.isfinite(vertex["y"]).all() and vertex.count == 48
+
+
+def test_a_failure_leaves_the_old_file(run, tmp_path, monkeypatch):
+    path = tmp_path / "a.ply"
+    path.write_text("old")
+    monkeypatch.setattr(export, "_records", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.write_ply(trained(50, 1), path, "sh")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.ply"]
+
+
+def test_wrong_input_is_told(run, tmp_path: Path):
+    with pytest.raises(GSScaleError, match="--obb-scale"):
+        export.Export(tmp_path, obb_center=(0, 0, 0)).main()
+    run(torch.nn.Linear(1, 1))
+    with pytest.raises(GSScaleError, match="no run of gsscale or splatfacto"):
+        export.Export(tmp_path).main()
