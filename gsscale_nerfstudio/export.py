@@ -1,7 +1,7 @@
 """``gsscale-export``: trained Gaussians as a PLY file, at the speed of the disk.
 
-The file is, byte for byte, that of ``ns-export gaussian-splat``, which writes one number at a time
-and takes half a minute per million Gaussians. Here they are converted and written in pieces, so
+The file is, byte for byte, that of ``ns-export gaussian-splat``, which writes one number at a time.
+Here they are converted and written in pieces, so
 memory does not grow with the scene.
 """
 
