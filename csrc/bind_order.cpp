@@ -50,6 +50,12 @@ void morton_codes(Floats2 rows, int64_t column, int64_t n, Box box, Codes out) {
     }
 }
 
+bool all_inside(const int64_t *ids, int64_t n, int64_t capacity) {
+    bool inside = true;
+    for (int64_t i = 0; i < n; ++i) inside &= ids[i] >= 0 && ids[i] < capacity;
+    return inside;
+}
+
 // rows[target[i]] <- rows[source[i]], a few gigabytes a second and thread: numpy and torch do this
 // on one thread, through a copy.
 void copy_rows(Floats2 rows, Codes source, Codes target) {
@@ -59,10 +65,8 @@ void copy_rows(Floats2 rows, Codes source, Codes target) {
     const int64_t *from = source.data(), *to = target.data(), capacity = (int64_t)rows.shape(0);
     float *data = rows.data();
     nb::gil_scoped_release release;
-    bool inside = true;
-    for (int64_t i = 0; i < n; ++i)
-        inside &= from[i] >= 0 && from[i] < capacity && to[i] >= 0 && to[i] < capacity;
-    if (!inside) throw std::invalid_argument("copy_rows: row outside of the store");
+    if (!all_inside(from, n, capacity) || !all_inside(to, n, capacity))
+        throw std::invalid_argument("copy_rows: row outside of the store");
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i)
         std::memcpy(data + to[i] * width, data + from[i] * width, width * sizeof(float));
@@ -77,9 +81,8 @@ void fill_rows(Floats2 rows, Codes target, std::optional<Floats2> values) {
     const float *from = values ? values->data() : nullptr;
     float *data = rows.data();
     nb::gil_scoped_release release;
-    bool inside = true;
-    for (int64_t i = 0; i < n; ++i) inside &= to[i] >= 0 && to[i] < capacity;
-    if (!inside) throw std::invalid_argument("fill_rows: row outside of the store");
+    if (!all_inside(to, n, capacity))
+        throw std::invalid_argument("fill_rows: row outside of the store");
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
         if (from)

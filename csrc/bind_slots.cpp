@@ -105,17 +105,13 @@ class SlotTable {
                 --residents_[ids[i] / kBlock];
             }
             row = {0, -1};
-            ahead_[ids[i]] = 0;
         }
         in_use_ = handed_out_ - (int64_t)free_.size();
     }
 
     void rename(Ids from_, Ids to_) {
-        const int64_t n = (int64_t)from_.shape(0);
-        require((int64_t)to_.shape(0) == n, "as many new ids as old ones are needed");
+        const int64_t n = check_pairs(from_, to_);
         const int32_t *from = from_.data(), *to = to_.data();
-        require(all_below(n_rows_, from, nullptr, n) && all_below(n_rows_, to, nullptr, n),
-                "row id outside of 0 .. n_rows - 1");
         nb::gil_scoped_release release;
         end_protection();
         for (int64_t i = 0; i < n; ++i) {
@@ -132,11 +128,8 @@ class SlotTable {
     }
 
     void expect_like(Ids from_, Ids to_) {
-        const int64_t n = (int64_t)from_.shape(0);
-        require((int64_t)to_.shape(0) == n, "as many rows as models are needed");
+        const int64_t n = check_pairs(from_, to_);
         const int32_t *from = from_.data(), *to = to_.data();
-        require(all_below(n_rows_, from, nullptr, n) && all_below(n_rows_, to, nullptr, n),
-                "row id outside of 0 .. n_rows - 1");
         for (int64_t i = 0; i < n; ++i) ahead_[to[i]] = ahead_[from[i]];
     }
 
@@ -313,6 +306,16 @@ class SlotTable {
         if (n == 0) return;
         require(ascending(ids, n), "ids must ascend");
         require(ids[0] >= 0 && ids[n - 1] < n_rows_, "row id outside of 0 .. n_rows - 1");
+    }
+
+    // How many they are: each id of `from` has one of `to`, in any order.
+    int64_t check_pairs(const Ids &from, const Ids &to) const {
+        const int64_t n = (int64_t)from.shape(0);
+        require((int64_t)to.shape(0) == n, "as many new ids as old ones are needed");
+        require(all_below(n_rows_, from.data(), nullptr, n) &&
+                    all_below(n_rows_, to.data(), nullptr, n),
+                "row id outside of 0 .. n_rows - 1");
+        return n;
     }
 
     // The lists of protected rows name rows by ids that are about to change.
@@ -530,7 +533,7 @@ void bind_slots(nb::module_ &m) {
              "All resident rows, ascending, and their slots; returns how many they are.")
         .def("drop", &SlotTable::drop, nb::arg("ids").noconvert(),
              "Rows that are gone, or whose slots no longer hold what the host store has: free their "
-             "slots.")
+             "slots. What is expected of their ids stays.")
         .def("rename", &SlotTable::rename, nb::arg("ids").noconvert(), nb::arg("to").noconvert(),
              "Row ids[i] is now row to[i], which was not resident. Its slot stays.")
         .def("expect_like", &SlotTable::expect_like, nb::arg("ids").noconvert(),

@@ -78,7 +78,7 @@ class ResidentEngine(HostEngine):
         self.budget = budget
         self.auto = auto
         self._caching = False
-        self._cache: RowCache | None = None
+        self._cache: RowCache | None = None  # there is none unless it is caching
         self._blocked = False  # an announced view was not admitted
         self._depth = 1  # views that are admitted ahead
         self._culled: _Culled | None = None
@@ -179,7 +179,7 @@ class ResidentEngine(HostEngine):
 
     def _prepare_ahead(self, views: Sequence[View], step: int) -> Any:
         prepared = super()._prepare_ahead(views, step)
-        if self._caching and self._cache is not None and prepared.admission is not None:
+        if self._cache is not None and prepared.admission is not None:
             with self._timed("expect_s"):
                 self._expect(self._cache, prepared.number, views[1 : 1 + LOOK_AHEAD], step)
         return prepared
@@ -249,9 +249,10 @@ class ResidentEngine(HostEngine):
             if have < min(rows, 0.97 * wanted):
                 self._synchronize()  # rows may be on their way into the arrays that are replaced
                 self._cache.grow(wanted)
-                self._synchronize()
-                if limit < 2 * wanted:  # else there is plenty, and giving it back takes time
+                if limit < 2 * wanted:
                     self._release_memory()
+                else:  # there is plenty, and giving it back takes time
+                    self._synchronize()
                 self._depth = self._sizing.views_ahead(wanted, rows)
             return
         if self._cache is not None:
@@ -349,7 +350,7 @@ class ResidentEngine(HostEngine):
     # -- the host store --------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        if self._caching and self._cache is not None:
+        if self._cache is not None:
             self._cache.write_back(self._rows_done)
             self._take_spheres(wait_for_all=True)
         super()._settle()
@@ -368,7 +369,7 @@ class ResidentEngine(HostEngine):
 
     def rows_changed(self) -> None:
         super().rows_changed()
-        if self._caching and self._cache is not None:
+        if self._cache is not None:
             self._synchronize()  # a render may still read the slots
             self._cache.forget()
             self._expected.clear()
@@ -390,17 +391,17 @@ class ResidentEngine(HostEngine):
 
     def _summarize(self, out: Tensor) -> None:
         super()._summarize(out)
-        if self._caching and self._cache is not None:
+        if self._cache is not None:
             self._cache.summarize(out, self._tables)
 
     def _limit_opacities(self, most: float) -> None:
         super()._limit_opacities(most)
-        if self._caching and self._cache is not None:
+        if self._cache is not None:
             self._cache.limit_opacities(most, self._tables)
             self._rows_done = mark_current(self.device)
 
     def _bring_home(self, ids: Tensor) -> None:
-        if self._caching and self._cache is not None:
+        if self._cache is not None:
             self._cache.write_back(self._rows_done, ids)
 
     def _edited(self, edit: RowEdit, placement: Placement) -> None:
@@ -412,7 +413,7 @@ class ResidentEngine(HostEngine):
             self._fit_later()
 
     def _sorted(self, order: Tensor) -> None:
-        if self._caching and self._cache is not None:
+        if self._cache is not None:
             self._cache.table.permute(order.numpy())
 
     def move_to(self, device: torch.device) -> None:

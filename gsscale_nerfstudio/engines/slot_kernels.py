@@ -25,6 +25,17 @@ Arrays = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit
+def _slots_of(w, slots, n, step, STAMP: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr):
+    """This program's places in ``slots``, which exist; first element and stamp of each row."""
+    i = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    live = i < n
+    at = tl.load(slots + i, mask=live, other=0).to(tl.int64) * WIDTH
+    stamp = tl.load(w + at + STAMP, mask=live, other=0.0).to(tl.int32)
+    stamp = tl.where(live, stamp, step)
+    return i, live, at, stamp
+
+
+@triton.jit
 def _settled(
     w, m, v, at, live, group, stamp, step, eps, skip, tail, eps_scale, HORIZON: tl.constexpr,
     N_GROUPS: tl.constexpr,
@@ -48,11 +59,7 @@ def _summarize(
     COUNT: tl.constexpr, MAX_RADIUS: tl.constexpr, SCALES: tl.constexpr, OPACITIES: tl.constexpr,
     HORIZON: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    live = i < n
-    at = tl.load(slots + i, mask=live, other=0).to(tl.int64) * WIDTH
-    stamp = tl.load(w + at + STAMP, mask=live, other=0.0).to(tl.int32)
-    stamp = tl.where(live, stamp, step)
+    i, live, at, stamp = _slots_of(w, slots, n, step, STAMP, WIDTH, SLOTS)
     eps = tl.load(eps_of + SCALE)
     largest = _settled(
         w, m, v, at + SCALE, live, SCALES, stamp, step, eps, skip, tail, eps_scale, HORIZON,
@@ -89,11 +96,7 @@ def _limit(
     OPACITY: tl.constexpr, STAMP: tl.constexpr, OPACITIES: tl.constexpr, HORIZON: tl.constexpr,
     N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    live = i < n
-    at = tl.load(slots + i, mask=live, other=0).to(tl.int64) * WIDTH
-    stamp = tl.load(w + at + STAMP, mask=live, other=0.0).to(tl.int32)
-    stamp = tl.where(live, stamp, step)
+    _i, live, at, stamp = _slots_of(w, slots, n, step, STAMP, WIDTH, SLOTS)
     now = _settled(
         w, m, v, at + OPACITY, live, OPACITIES, stamp, step, tl.load(eps_of + OPACITY), skip, tail,
         eps_scale, HORIZON, N_GROUPS,

@@ -180,6 +180,14 @@ class TableMachine(RuleBasedStateMachine):
                 self.model.expected[row] = set(self.model.expected.get(parent, ()))
         self.protected = max(self.protected, self.view + 1)
 
+    @rule(first=st.integers(0, 59), n=st.integers(0, 9))
+    def rewrite(self, first, n):
+        """Rows that the host store has anew: the same views are expected to need them."""
+        ids = list(range(first * self.scale, min((first + n) * self.scale, self.n_rows)))
+        self.table.raw.drop(int32(ids))
+        self.model.drop(ids)
+        self.protected = max(self.protected, self.view + 1)
+
     @rule(seed=st.integers(0, 99))
     def permute(self, seed):
         order = np.random.default_rng(seed).permutation(self.n_rows)
