@@ -54,9 +54,13 @@ def rasterization(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """``gsplat.rasterization`` for one camera, as splatfacto calls it."""
     from gsscale_nerfstudio.rasterize import rasterize
+    from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_colors
 
     if packed or sparse_grad or len(viewmats) != 1:
         raise NotImplementedError("only what nerfstudio 1.1.5's splatfacto asks for")
+    if sh_degree is not None:
+        position = torch.linalg.inv(viewmats[0])[:3, 3]
+        colors = sh_colors(colors, means - position, sh_degree)
     drawn = rasterize(
         means,
         quats,
@@ -67,7 +71,6 @@ def rasterization(
         Ks[0],
         width,
         height,
-        sh_degree=sh_degree,
         depth="ED" in render_mode,
         absgrad=absgrad,
         antialiased=rasterize_mode == "antialiased",

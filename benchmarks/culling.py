@@ -24,17 +24,24 @@ def check_culling(pipeline: Any) -> dict[str, Any]:
     if not hasattr(model, "engine"):
         return {}
     from gsscale_nerfstudio.cull import View
-    from gsscale_nerfstudio.engines.working_set import working_set
+    from gsscale_nerfstudio.engines import Viewpoint, WorkingSet
+    from gsscale_nerfstudio.engines.colors import Colors
+    from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_colors
 
     pipeline.eval()
     rows = {name: v.to(model.device).contiguous() for name, v in model.gauss_params.items()}
     sh = torch.cat([rows.pop("features_dc")[:, None], rows.pop("features_rest")], dim=1)
     ids = torch.arange(model.num_points, dtype=torch.int32)
-    everything = working_set(ids, {**rows, "sh": sh}, training=False)
+    layout = model.engine.store.layout
     shares, ratios, dropped, difference = [], [], 0, 0.0
     for camera, _ in pipeline.datamanager.fixed_indices_eval_dataloader:
         view = View.from_camera(camera)
         viewmat = view.on(model.device).viewmat
+        viewpoint = Viewpoint.of(view, layout, model.device)
+        colors = sh[:, 0]
+        if layout.sh_degree > 0:
+            colors = sh_colors(sh, rows["means"] - viewpoint.position, layout.sh_degree)
+        everything = WorkingSet(ids, rows, Colors(colors, viewpoint))
         working = model.engine.fetch(view)
         part = model.draw(working, view, viewmat, depth=False)
         whole = model.draw(everything, view, viewmat, depth=False)

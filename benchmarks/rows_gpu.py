@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.clock import Clock
 from benchmarks.rows_host import LONGEST_GAP, STEP, HostRows, Measurement
 from gsscale_nerfstudio.engines.cache import RowCache
+from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.streams import SideStream, mark_current, wait, wait_in_stream
 from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
@@ -124,6 +125,7 @@ class GpuRows:
         # Two views, as in a training whose next view arrives while this one is being trained.
         self.cache = RowCache(host.store, device, min(host.n, 2 * largest))
         self.tables = DeviceTables(host.history, device)
+        self.viewpoint = Viewpoint(torch.zeros(3, device=device), host.layout.sh_degree)
         self.watch = Stopwatch(device)
         self._random = torch.Generator(device).manual_seed(0)
 
@@ -179,12 +181,13 @@ class GpuRows:
             slots = self._admit(ids, number)
             gather.append((len(ids), self._gather(slots)))
             step.append((len(ids), self._step(ids, slots)))
-        # Slot and three rows read, leaves written; slot, gradient, three rows read, three rows and
-        # a sphere written.
-        leaves, arrays = 4 * self.host.layout.optimized, 3 * self._row_bytes
+        # Slot and three rows read, leaves, colours and slopes written; slot, mean, gradients and
+        # three rows read, three rows and a sphere written.
+        leaves, color, arrays = 4 * 11, 4 * 3, 3 * self._row_bytes
+        stepped = 4 + color + leaves + color + 2 * arrays + 16
         return [
-            _summary("gather", "gpu", "device_copy", gather, 4 + arrays + leaves),
-            _summary("settle + step", "gpu", "device_copy", step, 4 + leaves + 2 * arrays + 16),
+            _summary("gather", "gpu", "device_copy", gather, 4 + arrays + leaves + 4 * color),
+            _summary("settle + step", "gpu", "device_copy", step, stepped),
         ]
 
     def _admit(self, ids: Tensor, number: int) -> Tensor:
@@ -195,7 +198,7 @@ class GpuRows:
         return admission.slots
 
     def _gather(self, slots: Tensor) -> list[float]:
-        return self.watch.seconds(lambda: self.cache.gather(slots, self.tables))
+        return self.watch.seconds(lambda: self._gathered(slots))
 
     def _step(self, ids: Tensor, slots: Tensor) -> list[float]:
         working = self._working_set(ids, slots)
@@ -206,14 +209,17 @@ class GpuRows:
         self._make_stale(slots)
         return times
 
+    def _gathered(self, slots: Tensor) -> dict[str, Tensor]:
+        return self.cache.gather(slots, self.tables, self.viewpoint, training=True)
+
     def _working_set(self, ids: Tensor, slots: Tensor) -> WorkingSet:
-        """The rows' leaves with gradients; the SH groups' are in one piece, as after backward."""
-        working = working_set(ids, self.cache.gather(slots, self.tables), training=True)
+        """The rows' leaves and colours, with gradients."""
+        working = working_set(
+            ids, self._gathered(slots), self.host.layout, self.viewpoint, training=True
+        )
         for leaf in working.leaves.values():
             leaf.grad = torch.full_like(leaf, 1e-3)
-        joint = torch.full_like(working.sh, 1e-3)
-        working.leaves["features_dc"].grad = joint[:, 0]
-        working.leaves["features_rest"].grad = joint[:, 1:]
+        working.colors.arrived.gradient = torch.full_like(working.colors.values, 1e-3)
         return working
 
     def _make_stale(self, slots: Tensor) -> None:

@@ -1,5 +1,7 @@
 // Which row of the host store is in which slot of a cache in GPU memory, and which leaves first:
-// the row that will be needed last, as far as the coming views are known (Belady's rule).
+// the row that will be needed last, as far as the coming views are known (Belady's rule). Rows that
+// are neighbours are needed by the same views, so what is known is known of blocks of rows: to look
+// at each row for each view would take longer than the view's rows take to cross the link.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 
@@ -25,17 +27,16 @@ using Moves = nb::ndarray<int32_t, nb::shape<-1, 3>, nb::c_contig, nb::device::c
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
-// Views that can be told in advance; view v is bit v % 32 of a row's mask.
+// Views that can be told in advance; view v is bit v % 32 of a block's mask.
 constexpr int64_t kAheadBits = 32, kMostAhead = 30;
 
-// Rows leave in descending order of their bucket: 0 .. 31, the distance to the next view known to
-// need the row; from 32 on, none is known: the number of views since the last one, up to 31.
-constexpr int kBuckets = 64;
-constexpr uint8_t kStays = 255;
+// Neighbours that leave in the same order: rows are in Morton order.
+constexpr int64_t kBlock = 64;
 
-// Rows whose residents are counted together. A view's rows are neighbours, so a scan for rows that
-// can leave finds most blocks with none.
-constexpr int64_t kBlock = 1024;
+// Blocks' rows leave in descending order of their bucket. From 33 on, no view is known to need the
+// block: 33 + the number of views since the last one, up to 31. From 1 on: 1 + the distance to the
+// next view that does. 0: some of the block's rows are protected, but others may leave.
+constexpr int kUnknown = 33, kBuckets = kUnknown + 32;
 
 inline int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
 
@@ -50,6 +51,12 @@ void require(bool condition, const char *message) {
 struct Residence {
     int32_t slot_plus_1;  // 0: not resident; zeroed pages are a table of absent rows
     int32_t view;         // that used the row last; -1 once the row has left
+};
+
+struct Block {
+    int32_t residents = 0;  // of its rows
+    int32_t used = -1;      // the last view that used one of its rows
+    uint32_t ahead = 0;     // views that are expected to need one
 };
 
 // The rows that a view used, ascending.
@@ -74,17 +81,10 @@ class SlotTable {
         require(0 <= n && n <= kMost, "n_rows must be between 0 and 2^31 - 1");
         // calloc, because it takes no memory for rows that no view comes near.
         Residence *fresh = (Residence *)std::calloc(std::max<int64_t>(n, 1), sizeof(Residence));
-        uint32_t *masks = (uint32_t *)std::calloc(std::max<int64_t>(n, 1), sizeof(uint32_t));
-        if (!fresh || !masks) {
-            std::free(fresh);
-            std::free(masks);
-            throw std::bad_alloc();
-        }
+        if (!fresh) throw std::bad_alloc();
         table_.reset(fresh);
-        ahead_.reset(masks);
-        buckets_.reset();
         n_rows_ = n;
-        residents_.assign(blocks_of(n), 0);
+        blocks_.assign(blocks_of(n), Block());
         in_use_ = handed_out_ = 0;
         free_.clear();
         views_.clear();
@@ -102,7 +102,7 @@ class SlotTable {
             Residence &row = table_[ids[i]];
             if (row.slot_plus_1 > 0) {
                 free_.push_back(row.slot_plus_1 - 1);
-                --residents_[ids[i] / kBlock];
+                --block_of(ids[i]).residents;
             }
             row = {0, -1};
         }
@@ -116,21 +116,22 @@ class SlotTable {
         end_protection();
         for (int64_t i = 0; i < n; ++i) {
             require(table_[to[i]].slot_plus_1 == 0, "the new id is that of a resident row");
+            Block &before = block_of(from[i]), &now = block_of(to[i]);
             if (table_[from[i]].slot_plus_1 > 0) {
-                --residents_[from[i] / kBlock];
-                ++residents_[to[i] / kBlock];
+                --before.residents;
+                ++now.residents;
             }
+            now.used = std::max(now.used, table_[from[i]].view);
+            now.ahead |= before.ahead;
             table_[to[i]] = table_[from[i]];
-            ahead_[to[i]] = ahead_[from[i]];
             table_[from[i]] = {0, -1};
-            ahead_[from[i]] = 0;
         }
     }
 
     void expect_like(Ids from_, Ids to_) {
         const int64_t n = check_pairs(from_, to_);
         const int32_t *from = from_.data(), *to = to_.data();
-        for (int64_t i = 0; i < n; ++i) ahead_[to[i]] = ahead_[from[i]];
+        for (int64_t i = 0; i < n; ++i) block_of(to[i]).ahead |= block_of(from[i]).ahead;
     }
 
     void permute(Ids order_) {
@@ -140,23 +141,21 @@ class SlotTable {
         nb::gil_scoped_release release;
         end_protection();
         std::unique_ptr<Residence[], Free> table((Residence *)std::malloc(n * sizeof(Residence)));
-        std::unique_ptr<uint32_t[], Free> ahead((uint32_t *)std::malloc(n * sizeof(uint32_t)));
-        if (n > 0 && (!table || !ahead)) throw std::bad_alloc();
+        if (n > 0 && !table) throw std::bad_alloc();
+        std::vector<Block> blocks(blocks_of(n));
         const int threads = threads_for_ids(n);
 #pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t i = 0; i < n; ++i) {
-            table[i] = table_[order[i]];
-            ahead[i] = ahead_[order[i]];
+        for (int64_t b = 0; b < (int64_t)blocks.size(); ++b) {
+            Block &block = blocks[b];
+            for (int64_t row = b * kBlock; row < std::min(n, (b + 1) * kBlock); ++row) {
+                table[row] = table_[order[row]];
+                block.residents += table[row].slot_plus_1 > 0;
+                block.used = std::max(block.used, table[row].view);
+                block.ahead |= block_of(order[row]).ahead;
+            }
         }
         table_ = std::move(table);
-        ahead_ = std::move(ahead);
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t block = 0; block < blocks_of(n); ++block) {
-            int32_t count = 0;
-            for (int64_t row = block * kBlock; row < std::min(n, (block + 1) * kBlock); ++row)
-                count += table_[row].slot_plus_1 > 0;
-            residents_[block] = count;
-        }
+        blocks_ = std::move(blocks);
     }
 
     void resize(int64_t n_slots, int64_t n_rows) {
@@ -165,10 +164,14 @@ class SlotTable {
         for (int64_t row = n_rows; row < n_rows_; ++row)
             require(table_[row].slot_plus_1 == 0, "a row that is to go is resident: drop it first");
         end_protection();
-        resize_array(table_, n_rows_, n_rows);
-        resize_array(ahead_, n_rows_, n_rows);
-        buckets_.reset();
-        residents_.resize(blocks_of(n_rows), 0);  // none in blocks that go
+        Residence *moved = (Residence *)std::realloc(
+            table_.get(), std::max<int64_t>(n_rows, 1) * sizeof(Residence));
+        if (!moved) throw std::bad_alloc();
+        (void)table_.release();
+        table_.reset(moved);
+        if (n_rows > n_rows_)
+            std::memset((void *)(moved + n_rows_), 0, (n_rows - n_rows_) * sizeof(Residence));
+        blocks_.resize(blocks_of(n_rows));  // no row of those that go is resident
         n_slots_ = n_slots;
         n_rows_ = n_rows;
     }
@@ -180,13 +183,17 @@ class SlotTable {
         const int32_t *ids = ids_.data();
         nb::gil_scoped_release release;
         check_ids(ids, n);
-        uint32_t *masks = ahead_.get();
         const uint32_t bit = uint32_t(1) << (view % kAheadBits);
-        const int threads = threads_for_ids(n);
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t i = 0; i < n; ++i) {
-            if (i + kAhead < n) __builtin_prefetch(masks + ids[i + kAhead], 1);
-            masks[ids[i]] |= bit;
+        const int parts = threads_for_ids(n);
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+        for (int part = 0; part < parts; ++part) {
+            int64_t last = -1;
+            for (int64_t i = part_start(n, part, parts); i < part_start(n, part + 1, parts); ++i) {
+                if (ids[i] / kBlock == last) continue;
+                last = ids[i] / kBlock;
+#pragma omp atomic
+                blocks_[last].ahead |= bit;  // two threads may meet in one block
+            }
         }
     }
 
@@ -209,6 +216,7 @@ class SlotTable {
         while (!views_.empty() && views_.front().view < protect_from) views_.pop_front();
         if (n > 0) views_.push_back({(int32_t)view, std::vector<int32_t>(ids, ids + n)});
         // The rows fit, and so do the lists: from here on the table changes.
+        forget_expected(view);
         last_view_ = view;
         protected_from_ = protect_from;
         const int64_t misses = use(ids, n, (int32_t)view, slots, rows_in_.data());
@@ -222,12 +230,12 @@ class SlotTable {
             if (out >= 0) {
                 table[out] = {0, -1};
 #pragma omp atomic
-                --residents_[out / kBlock];
+                --block_of(out).residents;
             }
             slots[places_[k]] = slot;
             table[in].slot_plus_1 = slot + 1;
 #pragma omp atomic
-            ++residents_[in / kBlock];
+            ++block_of(in).residents;
             moves[3 * k] = in;
             moves[3 * k + 1] = slot;
             moves[3 * k + 2] = out;
@@ -293,14 +301,15 @@ class SlotTable {
     int64_t n_slots_, n_rows_ = 0, in_use_ = 0, last_view_ = -1;
     int64_t handed_out_ = 0;     // slots from here on have never held a row
     std::vector<int32_t> free_;  // slots below that hold none
-    std::vector<int32_t> residents_;  // per kBlock rows
     int64_t protected_from_ = std::numeric_limits<int64_t>::min();
     std::unique_ptr<Residence[], Free> table_;
-    std::unique_ptr<uint32_t[], Free> ahead_;     // per row: views that are expected to need it
-    std::unique_ptr<uint8_t[], Free> buckets_;    // per row, while slots are chosen
-    std::deque<ViewRows> views_;                  // protected, at the last call; oldest first
+    std::vector<Block> blocks_;
+    std::vector<uint8_t> buckets_;  // per block, while slots are chosen
+    std::deque<ViewRows> views_;    // protected, at the last call; oldest first
     // Of the misses of the present call: where they are in its ids, and what moves.
     std::vector<int32_t> places_, rows_in_, slots_in_, rows_out_;
+
+    Block &block_of(int64_t row) { return blocks_[row / kBlock]; }
 
     void check_ids(const int32_t *ids, int64_t n) const {
         if (n == 0) return;
@@ -324,33 +333,37 @@ class SlotTable {
         protected_from_ = std::max(protected_from_, last_view_ + 1);
     }
 
-    template <typename T>
-    static void resize_array(std::unique_ptr<T[], Free> &array, int64_t before, int64_t after) {
-        T *moved = (T *)std::realloc(array.get(), std::max<int64_t>(after, 1) * sizeof(T));
-        if (!moved) throw std::bad_alloc();
-        array.release();
-        array.reset(moved);
-        if (after > before) std::memset((void *)(moved + before), 0, (after - before) * sizeof(T));
+    // Views up to `view` have been, or will not be: their bits are those of later views now.
+    void forget_expected(int64_t view) {
+        uint32_t past = 0;
+        for (int64_t v = std::max(last_view_ + 1, view - kAheadBits + 1); v <= view; ++v)
+            past |= uint32_t(1) << (v % kAheadBits);
+        const int64_t n = (int64_t)blocks_.size();
+        const int threads = threads_for_ids(n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t b = 0; b < n; ++b) blocks_[b].ahead &= ~past;
     }
 
     // Notes that `view` uses these rows, so that none of them can leave any more. Finds their slots,
     // -1 for a miss; writes the misses to rows_in and where they are in ids to places_.
     int64_t use(const int32_t *ids, int64_t n, int32_t view, int32_t *slots, int32_t *rows_in) {
         Residence *table = table_.get();
-        uint32_t *masks = ahead_.get();
-        const uint32_t done = ~(uint32_t(1) << (view % kAheadBits));
         int32_t *places = places_.data();
         const int parts = threads_for_ids(n);
         std::vector<int64_t> found(parts);
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
         for (int part = 0; part < parts; ++part) {
             const int64_t begin = part_start(n, part, parts), end = part_start(n, part + 1, parts);
-            int64_t k = begin;
+            int64_t k = begin, last = -1;
             for (int64_t i = begin; i < end; ++i) {
                 if (i + kAhead < end) __builtin_prefetch(table + ids[i + kAhead], 1);
                 Residence &row = table[ids[i]];
                 row.view = view;
-                masks[ids[i]] &= done;
+                if (ids[i] / kBlock != last) {
+                    last = ids[i] / kBlock;
+#pragma omp atomic write
+                    blocks_[last].used = view;
+                }
                 slots[i] = row.slot_plus_1 - 1;
                 // Written in any case: that costs less than a branch that is guessed wrong.
                 rows_in[k] = ids[i];
@@ -417,37 +430,34 @@ class SlotTable {
         slots_in += fresh;
         rows_out += fresh;
 
-        if (!buckets_) {
-            buckets_.reset((uint8_t *)std::malloc(n_rows_));
-            if (!buckets_) throw std::bad_alloc();
-        }
-        uint8_t *buckets = buckets_.get();
-        const Residence *table = table_.get();
-        const int parts = threads_for_ids(n_rows_);
+        const int64_t n = (int64_t)blocks_.size();
+        const int parts = threads_for_ids(n);
+        buckets_.resize(n);
         std::vector<int64_t> counts((size_t)parts * kBuckets, 0);
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
         for (int part = 0; part < parts; ++part) {
-            int64_t in_bucket[kBuckets] = {};
-            for_each_resident_block(part, parts, [&](int64_t row, int64_t end) {
-                for (; row < end; ++row) {
-                    buckets[row] = bucket_of(row, protect_from);
-                    if (buckets[row] != kStays) ++in_bucket[buckets[row]];
-                }
-            });
-            std::copy_n(in_bucket, kBuckets, &counts[(size_t)part * kBuckets]);
+            int64_t *count = &counts[(size_t)part * kBuckets];
+            for (int64_t b = part_start(n, part, parts); b < part_start(n, part + 1, parts); ++b) {
+                buckets_[b] = bucket_of(blocks_[b], protect_from);
+                if (buckets_[b] > 0) count[buckets_[b]] += blocks_[b].residents;
+            }
         }
-
-        // Everything above bucket `last` leaves, and so many of `last` as are still missing.
         const auto total = [&](int bucket) {
             int64_t sum = 0;
             for (int part = 0; part < parts; ++part) sum += counts[(size_t)part * kBuckets + bucket];
             return sum;
         };
+        // Everything above bucket `last` leaves, and so many of `last` as are still missing.
         int last = kBuckets - 1;
         int64_t above = 0;
-        for (int64_t here = total(last); above + here < leaving; here = total(last)) {
-            above += here;
-            --last;
+        while (last > 0 && above + total(last) < leaving) above += total(last--);
+        if (last == 0) {
+            // Close: the rows that are not protected count one by one.
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+            for (int part = 0; part < parts; ++part) {
+                int64_t &count = counts[(size_t)part * kBuckets];
+                for_each_leaving(part, parts, protect_from, 0, 0, [&](int64_t) { ++count; });
+            }
         }
         std::vector<int64_t> starts(parts + 1, 0), quotas(parts);
         int64_t rest = leaving - above;
@@ -459,46 +469,44 @@ class SlotTable {
             for (int bucket = last + 1; bucket < kBuckets; ++bucket)
                 starts[part + 1] += count[bucket];
         }
+        const Residence *table = table_.get();
         int32_t newest = -1;
 #pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(max : newest)
         for (int part = 0; part < parts; ++part) {
             int64_t k = starts[part], quota = quotas[part];
-            for_each_resident_block(part, parts, [&](int64_t row, int64_t end) {
-                for (; row < end; ++row) {
-                    const int bucket = buckets[row];
-                    if (bucket == kStays || bucket < last || (bucket == last && quota-- <= 0))
-                        continue;
-                    rows_out[k] = (int32_t)row;
-                    slots_in[k++] = table[row].slot_plus_1 - 1;
-                    newest = std::max(newest, table[row].view);
-                }
+            for_each_leaving(part, parts, protect_from, last, kBuckets - 1, [&](int64_t row) {
+                if (buckets_[row / kBlock] == last && quota-- <= 0) return;
+                rows_out[k] = (int32_t)row;
+                slots_in[k++] = table[row].slot_plus_1 - 1;
+                newest = std::max(newest, table[row].view);
             });
         }
         return newest;
     }
 
-    // Calls `visit(begin, end)` for each run of rows of this thread's part that may be resident.
+    // Calls `visit(row)` for the rows of this thread's part that may leave, ascending, of the blocks
+    // in buckets `first` to `last`.
     template <typename Visit>
-    void for_each_resident_block(int part, int parts, Visit visit) const {
-        const int64_t end = part_start(blocks_of(n_rows_), part + 1, parts);
-        for (int64_t block = part_start(blocks_of(n_rows_), part, parts); block < end; ++block)
-            if (residents_[block] > 0)
-                visit(block * kBlock, std::min(n_rows_, (block + 1) * kBlock));
+    void for_each_leaving(int part, int parts, int64_t protect_from, int first, int last,
+                          Visit visit) const {
+        const int64_t n = (int64_t)blocks_.size();
+        for (int64_t b = part_start(n, part, parts); b < part_start(n, part + 1, parts); ++b) {
+            if (blocks_[b].residents == 0 || buckets_[b] < first || buckets_[b] > last) continue;
+            for (int64_t row = b * kBlock; row < std::min(n_rows_, (b + 1) * kBlock); ++row)
+                if (table_[row].slot_plus_1 > 0 && table_[row].view < protect_from &&
+                    table_[row].view != last_view_)
+                    visit(row);
+        }
     }
 
-    uint8_t bucket_of(int64_t row, int64_t protect_from) {
-        const Residence &residence = table_[row];
-        if (residence.slot_plus_1 == 0 || residence.view >= protect_from ||
-            residence.view == last_view_)
-            return kStays;
-        // Bit 0 is the next view. The last two bits are views that have been: a row that was
-        // expected by one and not used after all.
+    uint8_t bucket_of(const Block &block, int64_t protect_from) const {
+        if (block.used >= protect_from || block.used == last_view_) return 0;
+        // Bit 0 is the next view.
         const int turn = (int)((last_view_ + 1) % kAheadBits);
-        uint32_t mask = ahead_[row];
-        mask = turn ? mask >> turn | mask << (kAheadBits - turn) : mask;
-        mask &= (uint32_t(1) << kMostAhead) - 1;
-        if (mask) return (uint8_t)__builtin_ctz(mask);
-        return (uint8_t)(32 + std::min<int64_t>(31, last_view_ - residence.view));
+        const uint32_t mask =
+            turn ? block.ahead >> turn | block.ahead << (kAheadBits - turn) : block.ahead;
+        if (mask) return (uint8_t)(1 + __builtin_ctz(mask));
+        return (uint8_t)(kUnknown + std::min<int64_t>(31, last_view_ - block.used));
     }
 };
 
@@ -514,17 +522,18 @@ void bind_slots(nb::module_ &m) {
         .def_prop_ro("in_use", &SlotTable::in_use, "Slots that hold a row.")
         .def("expect", &SlotTable::expect, nb::arg("ids").noconvert(), nb::arg("view"),
              "Note that view number `view`, at most 30 after the last one, will need the rows "
-             "`ids` (ascending). A row that it does not use after all counts as needed later on.")
+             "`ids` (ascending).")
         .def("plan", &SlotTable::plan, nb::arg("ids").noconvert(), nb::arg("view"),
              nb::arg("protect_from"), nb::arg("slots").noconvert(), nb::arg("moves").noconvert(),
              "Give each row of `ids` (ascending) a slot, slots[i], for view number `view`, higher "
              "than any before. moves[k] = (row, slot, row that leaves it) tells of the k-th row "
              "that was not resident, in ascending order of the rows; the row that leaves is "
-             "-1 where it was empty. Rows that no view is known to need leave first, those used "
-             "longest ago before others; then those needed last. Of equals the lower row leaves. "
-             "Rows of `ids` or used by a view >= protect_from, which never goes back, stay. Returns the number of rows "
-             "that were not resident and the newest view that used any of those that leave, or -1; "
-             "or None, and changes nothing, if the rows do not fit.")
+             "-1 where it was empty. Rows leave block by block, 64 rows by 64: those that no view "
+             "is known to need first, those used longest ago before others; then those needed "
+             "last. Of equals the lower row leaves. Rows of `ids` or used by a view >= "
+             "protect_from, which never goes back, stay, and others of their blocks leave last. "
+             "Returns the number of rows that were not resident and the newest view that used any "
+             "of those that leave, or -1; or None, and changes nothing, if the rows do not fit.")
         .def("lookup", &SlotTable::lookup, nb::arg("ids").noconvert(), nb::arg("slots").noconvert(),
              "Slots of the rows `ids` (ascending), -1 where not resident; returns the number of "
              "those that are. This is not a use.")

@@ -27,7 +27,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from gsscale_nerfstudio.cull import View, world_to_camera
 from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
 from gsscale_nerfstudio.densify.statistics import screen_statistics
-from gsscale_nerfstudio.engines import Engine, WorkingSet, make_engine
+from gsscale_nerfstudio.engines import Engine, Viewpoint, WorkingSet, make_engine
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
@@ -191,12 +191,12 @@ class GSScaleModel(SplatfactoModel):
             return {}
         if self.training:
             view, viewmat = self._training_view(camera)
-            working = self.engine.begin(view)
+            working = self.engine.begin(view, self._viewpoint(view, viewmat))
             self._announce_upcoming()
         else:
             view = View.from_camera(camera)
             viewmat = view.on(self.device).viewmat
-            working = self.engine.fetch(view)
+            working = self.engine.fetch(view, self._viewpoint(view, viewmat))
         self.last_size = (view.height, view.width)
         depth = self.config.output_depth_during_training or not self.training
         rendering = self.draw(working, view, viewmat, depth)
@@ -233,6 +233,14 @@ class GSScaleModel(SplatfactoModel):
         view = View.from_camera(camera, pose, downscale=self._downscale_at(self.step))
         return view, world_to_camera(pose[0]).to(self.device)
 
+    def _viewpoint(self, view: View, viewmat: Tensor) -> Viewpoint:
+        """From where, and with how many SH bands, colours are seen at the present step."""
+        position = view.on(self.device).camera_position
+        if viewmat.requires_grad:
+            position = torch.linalg.inv_ex(viewmat)[0][:3, 3]
+        degree = min(self.step // self.config.sh_degree_interval, self.config.sh_degree)
+        return Viewpoint(position, degree)
+
     def _fixed_view(self, camera: Cameras, step: int) -> View:
         """The view of a camera whose pose nobody optimizes; made once, since it takes a while."""
         downscale = self._downscale_at(step)
@@ -267,16 +275,13 @@ class GSScaleModel(SplatfactoModel):
             viewmat: [4, 4] world to camera, OpenCV axes.
             depth: whether to render depth, too.
         """
-        leaves, sh = working.leaves, working.sh
+        leaves, colors = working.leaves, working.colors.values
         if self.crop_box is not None and not self.training:
             inside = self.crop_box.within(leaves["means"]).squeeze(-1)
-            leaves, sh = {name: leaf[inside] for name, leaf in leaves.items()}, sh[inside]
-        if self.config.sh_degree > 0:
-            colors = sh
-            sh_degree = min(self.step // self.config.sh_degree_interval, self.config.sh_degree)
-        else:
-            colors = torch.sigmoid(sh[:, 0])
-            sh_degree = None
+            leaves = {name: leaf[inside] for name, leaf in leaves.items()}
+            colors = colors[inside]
+        if self.config.sh_degree == 0:
+            colors = torch.sigmoid(colors)
         return rasterize(
             leaves["means"],
             leaves["quats"],
@@ -287,13 +292,11 @@ class GSScaleModel(SplatfactoModel):
             view.on(self.device).K,
             view.width,
             view.height,
-            sh_degree=sh_degree,
             depth=depth,
             absgrad=self.strategy.absgrad and self.training,
             antialiased=self.config.rasterize_mode == "antialiased",
             near=view.near,
             far=view.far,
-            camera_position=None if viewmat.requires_grad else view.on(self.device).camera_position,
         )
 
     # -- losses and metrics ----------------------------------------------------------------------

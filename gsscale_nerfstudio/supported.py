@@ -6,6 +6,7 @@ from typing import Any
 
 from nerfstudio.engine.optimizers import Optimizers
 
+from gsscale_nerfstudio.engines.working_set import LEAVES
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import DeferredAdam
 from gsscale_nerfstudio.store import GROUPS
@@ -23,6 +24,13 @@ def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
                 f"the optimizer of '{name}' is {type(optimizers.optimizers[name]).__name__}; rows "
                 "in host memory are optimized by DeferredAdam (DeferredAdamConfig), whose results "
                 "are Adam's"
+            )
+        clipped = trainer.config.optimizers[name]["optimizer"].max_norm is not None
+        if clipped and name not in LEAVES:
+            raise GSScaleError(
+                f"the gradient of '{name}' cannot be clipped, because it is never there as a "
+                "whole: it is formed row by row while rows are stepped; remove "
+                f"--optimizers.{name.replace('_', '-')}.optimizer.max-norm"
             )
         if trainer.gradient_accumulation_steps[name] != 1:
             raise GSScaleError(

@@ -25,7 +25,7 @@ POINTERS = {
     **dict.fromkeys(["order", "ends"], "*i64"),
     "tiles": "*i16",
 }
-INTEGERS = {"n", "n_rows", "step", "height", "width"}
+INTEGERS = {"n", "n_rows", "total", "bands_end", "step", "height", "width"}
 FLOATS = {
     "log2_beta1",
     "log2_beta2",
@@ -39,7 +39,8 @@ FLOATS = {
 }
 ROWS = {
     "SH": 11,
-    "OPTIMIZED": 59,
+    "DEGREE": 3,
+    "SLOPES": True,
     "HORIZON": 264,
     "GROUPS": 8,
     "WIDTH": 64,

@@ -21,8 +21,9 @@ from torch.nn import Parameter
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import Culler, Slack, View
+from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.streams import Stress
-from gsscale_nerfstudio.engines.working_set import WorkingSet
+from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
 from gsscale_nerfstudio.optim.row_group import RowGroup
@@ -42,6 +43,17 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         sys.settrace(trace)
+
+
+def hand_over_quickly() -> None:
+    """Let Python's threads change places within a fraction of a step.
+
+    The worker needs Python's lock some dozen times for a view. The main thread gives it back at
+    each call into torch, but takes it again before the worker has woken up, and Python makes it
+    wait only after 5 ms: several steps' worth. Measured on 20 M rows, the worker took 15 ms for a
+    view's admission, whose work is 3 ms, and the GPU waited for it.
+    """
+    sys.setswitchinterval(min(sys.getswitchinterval(), 1e-4))
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ class Engine(ABC):
             eps={name: group["eps"] for name, group in groups.items()},
             betas=betas.pop(),
         )
+        hand_over_quickly()
         if self.device.type == "cuda":
             self.store.pin()  # moments, too: not before there is training to do
         self._start_training()
@@ -174,6 +187,7 @@ class Engine(ABC):
         if self.current is None:
             raise RuntimeError("optimizers stepped without a working set; call begin() first")
         self._step_rows(self.current, lrs)
+        self._set_gradients_of_coefficients(present=False)  # no zeros in --log-gradients
         self._settled = False
         outgrown = self.history.advance(lrs)
         self._step_recorded()
@@ -193,8 +207,13 @@ class Engine(ABC):
 
     # -- rows ------------------------------------------------------------------------------------
 
-    def begin(self, view: View) -> WorkingSet:
-        """Bring the settled rows that ``view`` may see to the device, to be differentiated."""
+    def begin(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet:
+        """Bring the settled rows that ``view`` may see to the device, to be differentiated.
+
+        Args:
+            view: decides which rows.
+            viewpoint: decides their colours; None for the view's, with all SH bands.
+        """
         if self._stepped:
             missing = sorted(set(GROUPS) - set(self._stepped))
             raise RuntimeError(f"the optimizers of {missing} were not stepped for the last view")
@@ -209,9 +228,22 @@ class Engine(ABC):
             self._forget_announced()
             self._finish_step()
             prepared = self._prepare(view, self.step_count, ahead=False)
-        self.current = self._bring(prepared)
+        self.current = self._bring(prepared, viewpoint or self._viewpoint(view))
         self._publish({n: p for n, p in self.current.leaves.items() if isinstance(p, Parameter)})
+        self._set_gradients_of_coefficients(present=True)
         return self.current
+
+    def _set_gradients_of_coefficients(self, present: bool) -> None:
+        """Nerfstudio steps a group's optimizer if its parameter has a gradient, empty or not.
+
+        The SH groups' parameters stay empty, see :class:`.Colors`.
+        """
+        for name in set(GROUPS) - set(LEAVES):
+            leaf = self.leaves[name]
+            leaf.grad = torch.empty_like(leaf) if present else None
+
+    def _viewpoint(self, view: View) -> Viewpoint:
+        return Viewpoint.of(view, self.store.layout, self.device)
 
     def announce(self, views: Sequence[View]) -> None:
         """Say which views :meth:`begin` will be called with next, once this one is stepped.
@@ -256,15 +288,16 @@ class Engine(ABC):
         self._wait_for_worker()
         self._announced.clear()
 
-    def fetch(self, view: View) -> WorkingSet:
+    def fetch(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet:
         """Bring the settled rows that ``view`` may see to the device, to render them only.
 
-        Leaves the rows, a training step under way and an announced view as they are.
+        Leaves the rows, a training step under way and an announced view as they are. Arguments are
+        those of :meth:`begin`.
         """
         with uninterrupted():
             self._wait_for_worker()
             self._finish_step()
-            return self._fetch(view)
+            return self._fetch(view, viewpoint or self._viewpoint(view))
 
     def _cull(self, view: View, step: int, keep: bool = True) -> Tensor:
         """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done.
@@ -287,11 +320,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def _bring(self, prepared: Any) -> WorkingSet:
+    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet:
         """The working set of a prepared view, for training."""
 
     @abstractmethod
-    def _fetch(self, view: View) -> WorkingSet:
+    def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
         """The working set of a view, without gradients."""
 
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,19 +10,22 @@ import triton
 from torch import Tensor
 
 from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.kernels import (
     LAUNCH,
     LINK_PROGRAMS,
     LINK_TILE,
     TILE,
+    color_arguments,
     exchange_rows,
     gather_leaves,
     settle_and_step_rows,
+    tile_of,
 )
 from gsscale_nerfstudio.engines.slot_kernels import limit_slots, summarize_slots
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
-from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, row_gradients
+from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, leaf_gradients
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
@@ -203,17 +205,24 @@ class RowCache:
         limit_slots(self._arrays, slots.to(self.device), most, self.store.layout, tables)
 
     def gather(
-        self, slots: Tensor, tables: DeviceTables, rows: Tensor | None = None
+        self,
+        slots: Tensor,
+        tables: DeviceTables,
+        viewpoint: Viewpoint,
+        training: bool,
+        rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Settled attributes (:func:`.empty_attributes`) of rows; the rows stay as they are.
 
         Args:
             slots: [n] int32 on the device; where it is -1 the row is read from the host store.
             tables: the Adam history.
+            viewpoint: from where colours are seen.
+            training: whether there will be a backward pass.
             rows: [n] int32 on the device; None if all rows have slots.
         """
         layout, n = self.store.layout, len(slots)
-        attributes = empty_attributes(layout, n, self.device)
+        attributes = empty_attributes(layout, n, viewpoint, training)
         if n > 0:
             with LAUNCH:
                 gather_leaves[(triton.cdiv(n, TILE),)](
@@ -222,11 +231,13 @@ class RowCache:
                     slots,
                     slots if rows is None else rows,
                     **attributes,
+                    **color_arguments(layout, viewpoint),
                     n=n,
                     FROM_HOST=rows is not None,
+                    SLOPES=attributes["slopes"].numel() > 0,
                     STAMP=layout.bookkeeping["stamp"],
                     **tables.skipped_steps(),
-                    **self._tile(),
+                    **tile_of(layout),
                 )
         return attributes
 
@@ -248,7 +259,7 @@ class RowCache:
         spheres = torch.empty(n, 4, device=self.device)
         if n == 0:
             return spheres
-        grads = row_gradients(working)
+        grads, colors = leaf_gradients(working), working.colors
         columns = layout.bookkeeping
         statistics = working.statistics() if working.statistics is not None else None
         norms, seen, radii = statistics if statistics is not None else (spheres,) * 3
@@ -257,17 +268,13 @@ class RowCache:
                 *self._arrays,
                 slots,
                 spheres,
-                grads["means"],
-                grads["scales"],
-                grads["quats"],
-                grads["opacities"],
-                grads["features_dc"],
-                grads["features_rest"],
-                grads["features_dc"].stride(0),
-                grads["features_rest"].stride(0),
+                *grads.values(),
+                colors.gradients(),
+                working.leaves["means"].detach(),
                 norms,
                 seen,
                 radii,
+                **color_arguments(layout, colors.viewpoint),
                 reach_of=tables.reach,
                 n=n,
                 HAS_STATISTICS=statistics is not None,
@@ -277,7 +284,7 @@ class RowCache:
                 MAX_RADIUS=columns["max_radius"],
                 **tables.skipped_steps(),
                 **tables.adam_step(lrs),
-                **self._tile(),
+                **tile_of(layout),
             )
         return spheres
 
@@ -288,16 +295,6 @@ class RowCache:
     @property
     def _host_arrays(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.store.params, self.store.exp_avg, self.store.exp_avg_sq
-
-    def _tile(self) -> dict[str, Any]:
-        layout = self.store.layout
-        return {
-            "SH": layout.columns["features_dc"].start,
-            "OPTIMIZED": layout.optimized,
-            "WIDTH": layout.width,
-            "COLUMNS": triton.next_power_of_2(layout.width),
-            "ROWS": TILE,
-        }
 
     def _on_device(self, staged: Tensor) -> Tensor:
         """A copy on the device, which may still be under way on the current stream."""

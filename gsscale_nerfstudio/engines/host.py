@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.engines.lookahead import (
     ColdRows,
@@ -143,60 +144,64 @@ class HostEngine(EditableEngine):
 
     # -- before the step -------------------------------------------------------------------------
 
-    def _bring(self, prepared: Any) -> WorkingSet:
+    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet:
         self._wait_for_worker()  # the other rows of the step before last
         cold, row_bytes = prepared.cold, 4 * self.store.layout.width
         # The step may not have come about, or with another learning rate than was expected.
         if cold is None or not cold.outlook.has_come_true(self.step_count, self._last_lrs):
             self._count(len(prepared.ids), len(prepared.ids), len(prepared.ids) * row_bytes)
             self._finish_step()
-            return self._send(prepared.ids, training=True)
+            return self._send(prepared.ids, viewpoint, training=True)
         self._count(len(prepared.ids), len(cold.rows), len(prepared.ids) * row_bytes)
         layout = self.store.layout
-        attributes = empty_attributes(layout, len(prepared.ids), self.device)
+        attributes = empty_attributes(layout, len(prepared.ids), viewpoint, training=True)
         # Rows must have arrived before they are read. Queued first, so that the device has
         # something to do while hot rows are stepped.
         wait_in_stream(cold.arrived, self.device)
-        unpack(cold.rows, layout, attributes, cold.split.cold)
+        unpack(cold.rows, layout, attributes, viewpoint, cold.split.cold)
         self._cold.read_until(mark_current(self.device))
-        self._bring_hot(prepared.ids, cold.split, attributes)
+        self._bring_hot(prepared.ids, cold.split, attributes, viewpoint)
         self._lists.read_until(mark_current(self.device))
-        return working_set(prepared.ids, attributes, training=True)
+        return working_set(prepared.ids, attributes, layout, viewpoint, training=True)
 
     def _count(self, n: int, missed: int, moved: int) -> None:
         counters = {"views": 1, "rows": n, "rows_missed": missed, "link_bytes": moved}
         for name, value in counters.items():
             self.counters[name] += value
 
-    def _bring_hot(self, ids: Tensor, split: Split, attributes: dict[str, Tensor]) -> None:
+    def _bring_hot(
+        self, ids: Tensor, split: Split, attributes: dict[str, Tensor], viewpoint: Viewpoint
+    ) -> None:
         """Step the rows that this view shares with the last one, and let the device read them."""
         # Waits until the device has read the last view's.
         rows = self._outgoing.rows(len(split.hot))
         pending, self._pending = self._pending, None
         if pending is None:  # finished in the meantime, for a render say
             self._gather(ids, rows, split.hot, self.history.tables)
-            unpack(rows, self.store.layout, attributes, split.hot)
+            unpack(rows, self.store.layout, attributes, viewpoint, split.hot)
         else:
             self._wait_for_gradients(pending)
             for start in range(0, len(rows), _HOT_PART):
                 part = slice(start, start + _HOT_PART)
                 self._step_picked(pending, split.hot_before[part], rows[part])
-                unpack(rows[part], self.store.layout, attributes, split.hot[part])
+                hot = split.hot[part]
+                unpack(rows[part], self.store.layout, attributes, viewpoint, hot)
             # From here on the store and the culler are the worker's.
             self._rest = self._worker.submit(self._step_rest, pending, split.only_before)
         self._outgoing.used_until(mark_current(self.device))
 
-    def _fetch(self, view: View) -> WorkingSet:
-        return self._send(self._cull(view, self.step_count), training=False)
+    def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
+        return self._send(self._cull(view, self.step_count), viewpoint, training=False)
 
-    def _send(self, ids: Tensor, training: bool) -> WorkingSet:
+    def _send(self, ids: Tensor, viewpoint: Viewpoint, training: bool) -> WorkingSet:
         """The working set of any rows, without anything done ahead; no step is pending."""
         rows = self._outgoing.rows(len(ids))
         self._gather(ids, rows, None, self.history.tables)
-        attributes = empty_attributes(self.store.layout, len(ids), self.device)
-        unpack(rows, self.store.layout, attributes)
+        layout = self.store.layout
+        attributes = empty_attributes(layout, len(ids), viewpoint, training)
+        unpack(rows, layout, attributes, viewpoint)
         self._outgoing.used_until(mark_current(self.device))
-        return working_set(ids, attributes, training)
+        return working_set(ids, attributes, layout, viewpoint, training)
 
     def _gather(
         self, ids: Tensor, rows: Tensor, pick: Tensor | None, tables: _C.SkipTables

@@ -12,9 +12,18 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import nullcontext
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from gsscale_nerfstudio.engines.color_kernels import (
+    coefficient_gradients,
+    color_table,
+    store_colors,
+)
+from gsscale_nerfstudio.engines.colors import Viewpoint
+from gsscale_nerfstudio.store import RowLayout
 
 RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton then runs kernels on CPU tensors, in numpy: how they are tested without a GPU."""
@@ -30,6 +39,27 @@ LINK_TILE = 256 if RUN_ON_CPU else 8
 
 LINK_PROGRAMS = 96
 """Programs that move rows over the link: they saturate it and leave the GPU to the others."""
+
+
+def tile_of(layout: RowLayout) -> dict[str, Any]:
+    """The constants by which kernels find their way in a tile of rows."""
+    return {
+        "DEGREE": layout.sh_degree,
+        "SH": layout.columns["features_dc"].start,
+        "WIDTH": layout.width,
+        "COLUMNS": triton.next_power_of_2(layout.width),
+        "ROWS": TILE,
+    }
+
+
+def color_arguments(layout: RowLayout, viewpoint: Viewpoint) -> dict[str, Any]:
+    """What kernels need to evaluate colours, or their derivatives."""
+    position = viewpoint.position.detach()
+    return {
+        "table": color_table(layout, position.device),
+        "position": position.contiguous(),
+        "bands_end": viewpoint.bands_end(layout),
+    }
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -107,7 +137,7 @@ def _skip(
     return s_near + s_far, f, d1, d2
 
 
-@triton.jit(do_not_specialize=["n", "step"])
+@triton.jit(do_not_specialize=["n", "step", "bands_end"])
 def gather_leaves(
     cache_w,
     cache_m,
@@ -121,7 +151,11 @@ def gather_leaves(
     scales,
     quats,
     opacities,
-    sh,
+    colors,
+    slopes,
+    table,
+    position,
+    bands_end,
     group_of,
     eps_of,
     skip,
@@ -133,16 +167,17 @@ def gather_leaves(
     step,
     n,
     FROM_HOST: tl.constexpr,
+    SLOPES: tl.constexpr,
     STAMP: tl.constexpr,
+    DEGREE: tl.constexpr,
     SH: tl.constexpr,
-    OPTIMIZED: tl.constexpr,
     HORIZON: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Settled parameters of rows, each attribute contiguous; the rows themselves stay as they are.
+    """Settled leaves of rows and their colours; the rows themselves stay as they are.
 
     Rows with a slot >= 0 come from the cache; the others, if FROM_HOST, from the host store.
     """
@@ -194,11 +229,12 @@ def gather_leaves(
     tl.store(scales + out * 3 + (column - 3), w, mask=at & (column >= 3) & (column < 6))
     tl.store(quats + out * 4 + (column - 6), w, mask=at & (column >= 6) & (column < 10))
     tl.store(opacities + out + (column - 10), w, mask=at & (column == 10))
-    bands = at & (column >= SH) & (column < OPTIMIZED)
-    tl.store(sh + out * (OPTIMIZED - SH) + (column - SH), w, mask=bands)
+    store_colors(
+        w, column, i, live, n, table, position, bands_end, colors, slopes, SLOPES, DEGREE, SH
+    )
 
 
-@triton.jit(do_not_specialize=["n", "step", "sh_dc_stride", "sh_rest_stride"])
+@triton.jit(do_not_specialize=["n", "step", "bands_end"])
 def settle_and_step_rows(
     cache_w,
     cache_m,
@@ -209,13 +245,14 @@ def settle_and_step_rows(
     g_scales,
     g_quats,
     g_opacities,
-    g_dc,
-    g_rest,
-    sh_dc_stride,
-    sh_rest_stride,
+    g_colors,
+    means,
     norms,
     seen,
     radii,
+    table,
+    position,
+    bands_end,
     group_of,
     eps_of,
     reach_of,
@@ -237,8 +274,8 @@ def settle_and_step_rows(
     GRAD2D: tl.constexpr,
     COUNT: tl.constexpr,
     MAX_RADIUS: tl.constexpr,
+    DEGREE: tl.constexpr,
     SH: tl.constexpr,
-    OPTIMIZED: tl.constexpr,
     HORIZON: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -290,15 +327,8 @@ def settle_and_step_rows(
         g_quats + row * 4 + (column - 6), mask=take & (column >= 6) & (column < 10), other=0.0
     )
     g += tl.load(g_opacities + row + (column - 10), mask=take & (column == 10), other=0.0)
-    g += tl.load(
-        g_dc + row * sh_dc_stride + (column - SH),
-        mask=take & (column >= SH) & (column < SH + 3),
-        other=0.0,
-    )
-    g += tl.load(
-        g_rest + row * sh_rest_stride + (column - SH - 3),
-        mask=take & (column >= SH + 3) & (column < OPTIMIZED),
-        other=0.0,
+    g += coefficient_gradients(
+        column, i, live, means, position, table, bands_end, g_colors, DEGREE, SH
     )
 
     step_size = tl.load(step_size_of_group + group, mask=inside, other=0.0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gsscale_nerfstudio.engines.working_set import WorkingSet, row_gradients
+from gsscale_nerfstudio.engines.colors import Viewpoint, coefficient_gradients, evaluate
+from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet, leaf_gradients
 from gsscale_nerfstudio.store import RowLayout
 
 
@@ -19,7 +19,11 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def unpack(
-    rows: Tensor, layout: RowLayout, attributes: dict[str, Tensor], positions: Tensor | None = None
+    rows: Tensor,
+    layout: RowLayout,
+    attributes: dict[str, Tensor],
+    viewpoint: Viewpoint,
+    positions: Tensor | None = None,
 ) -> None:
     """Queue the filling of attributes from rows, on the current stream.
 
@@ -27,6 +31,7 @@ def unpack(
         rows: [n, width] float32, on the attributes' device or in page-locked host memory.
         layout: of the rows.
         attributes: see :func:`.empty_attributes`.
+        viewpoint: from where their colours are seen.
         positions: [n] int32, where each row goes, in memory of either kind; None for 0 .. n - 1.
     """
     n, device = len(rows), attributes["means"].device
@@ -34,8 +39,13 @@ def unpack(
         return
     if not kernels_run_on(device):
         places = slice(None) if positions is None else positions.long()
-        for name, columns in _attribute_columns(layout).items():
-            attributes[name][places] = rows[:, columns].unflatten(1, attributes[name].shape[1:])
+        for name in LEAVES:
+            columns = rows[:, layout.columns[name]]
+            attributes[name][places] = columns.unflatten(1, layout.shapes[name])
+        wanted = attributes["slopes"].numel() > 0
+        attributes["colors"][places], slopes = evaluate(rows, layout, viewpoint, wanted)
+        if slopes is not None:
+            attributes["slopes"][:, places] = slopes
         return
     from gsscale_nerfstudio.engines import kernels, staging_kernels
 
@@ -44,9 +54,12 @@ def unpack(
             rows,
             rows if positions is None else positions,
             **attributes,
+            **kernels.color_arguments(layout, viewpoint),
             n=n,
+            total=len(attributes["means"]),
             SCATTER=positions is not None,
-            **_tile(layout, kernels.TILE),
+            SLOPES=attributes["slopes"].numel() > 0,
+            **kernels.tile_of(layout),
         )
 
 
@@ -60,16 +73,21 @@ def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
         rows: [n, width] float32, written: in page-locked host memory. There is no copy of it on the
             device, where memory is what this saves.
     """
-    n, device = len(working), working.sh.device
+    n, colors = len(working), working.colors
+    viewpoint, of_colors = colors.viewpoint, colors.gradients()
+    device = of_colors.device
     if n == 0:
         return
-    grads = row_gradients(working)
+    means, grads = working.leaves["means"].detach(), leaf_gradients(working)
     statistics = working.statistics() if working.statistics is not None else None
     columns = layout.bookkeeping
     if not kernels_run_on(device):
         rows.zero_()
-        for name, where in layout.columns.items():
-            rows[:, where] = grads[name].flatten(1)
+        for name, grad in grads.items():
+            rows[:, layout.columns[name]] = grad.flatten(1)
+        first = layout.columns["features_dc"].start
+        of_coefficients = coefficient_gradients(means, layout, viewpoint, of_colors)
+        rows[:, first : layout.optimized] = of_coefficients
         for name, values in zip(("grad2d", "count", "max_radius"), statistics or (), strict=False):
             rows[:, columns[name]] = values
         return
@@ -80,30 +98,16 @@ def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
         staging_kernels.pack_gradients[(-(-n // kernels.TILE),)](
             rows,
             *grads.values(),
-            *(grad.stride(0) for grad in grads.values()),
+            of_colors,
+            means,
             norms,
             seen,
             radii,
+            **kernels.color_arguments(layout, viewpoint),
             n=n,
             HAS_STATISTICS=statistics is not None,
             GRAD2D=columns["grad2d"],
             COUNT=columns["count"],
             MAX_RADIUS=columns["max_radius"],
-            **_tile(layout, kernels.TILE),
+            **kernels.tile_of(layout),
         )
-
-
-def _attribute_columns(layout: RowLayout) -> dict[str, slice]:
-    columns = dict(layout.columns)
-    columns["sh"] = slice(columns.pop("features_dc").start, columns.pop("features_rest").stop)
-    return columns
-
-
-def _tile(layout: RowLayout, rows: int) -> dict[str, Any]:
-    return {
-        "SH": layout.columns["features_dc"].start,
-        "OPTIMIZED": layout.optimized,
-        "WIDTH": layout.width,
-        "COLUMNS": 1 << (layout.width - 1).bit_length(),
-        "ROWS": rows,
-    }

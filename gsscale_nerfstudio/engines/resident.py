@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.budget import Budget
+from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
@@ -194,9 +195,9 @@ class ResidentEngine(HostEngine):
                 cache.expect(self._cull(view, step, keep=False), later)
         self._expected.pop(number, None)
 
-    def _bring(self, prepared: Any) -> WorkingSet:
+    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet:
         if not self._caching:
-            return super()._bring(prepared)
+            return super()._bring(prepared, viewpoint)
         if prepared.admission is None:
             prepared = self._make_room(prepared)
             if prepared.admission is None:
@@ -204,7 +205,7 @@ class ResidentEngine(HostEngine):
                     f"the GPU memory budget cannot hold a view of {len(prepared.ids):,} Gaussians "
                     "and their optimizer state"
                 )
-                return super()._bring(PreparedView(prepared.ids))
+                return super()._bring(PreparedView(prepared.ids), viewpoint)
         self._current = prepared
         admission = prepared.admission
         moved = (admission.missed + admission.written) * self._sizing.row_bytes
@@ -212,8 +213,8 @@ class ResidentEngine(HostEngine):
         # The rows must have arrived before they are read.
         wait_in_stream(admission.ready, self.device)
         assert self._cache is not None
-        attributes = self._cache.gather(admission.slots, self._tables)
-        return working_set(prepared.ids, attributes, training=True)
+        attributes = self._cache.gather(admission.slots, self._tables, viewpoint, training=True)
+        return working_set(prepared.ids, attributes, self.store.layout, viewpoint, training=True)
 
     def _make_room(self, prepared: _Prepared) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""
@@ -279,6 +280,7 @@ class ResidentEngine(HostEngine):
         self._synchronize()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._sizing.memory_given_back()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -308,23 +310,23 @@ class ResidentEngine(HostEngine):
 
     # -- rendering and stepping ------------------------------------------------------------------
 
-    def _fetch(self, view: View) -> WorkingSet:
+    def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
         if not self._caching:
-            return super()._fetch(view)
+            return super()._fetch(view, viewpoint)
         self._take_spheres(wait_for_all=True)
         ids = self._cull(view, self.step_count)
         if self._cache is None:
-            return self._send(ids, training=False)
+            return self._send(ids, viewpoint, training=False)
         for announced in self._announced:
             # Rows may still be on their way, in either direction.
             prepared = announced.prepared.result()
             if prepared.admission is not None:
                 wait_in_stream(prepared.admission.ready, self.device)
-        rows = ids.to(self.device)
-        attributes = self._cache.gather(self._cache.lookup(ids), self._tables, rows)
+        rows, slots = ids.to(self.device), self._cache.lookup(ids)
+        attributes = self._cache.gather(slots, self._tables, viewpoint, training=False, rows=rows)
         # What is admitted from now on may take the slots that this reads.
         self._rows_done = mark_current(self.device)
-        return working_set(ids, attributes, training=False)
+        return working_set(ids, attributes, self.store.layout, viewpoint, training=False)
 
     @torch.no_grad()
     def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:

@@ -6,9 +6,18 @@ from collections.abc import Mapping
 
 import torch
 
-from gsscale_nerfstudio.engines.budget import Budget, view_bytes
+from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.rates import Rates
 from gsscale_nerfstudio.store import RowLayout
+
+_PIXEL_BYTES = 130
+"""Per pixel of a view: the rendered and the true image, the loss and its derivatives."""
+
+_VIEW_ROW_BYTES = 700
+"""Per row of a view, beside its place in the cache, until it is measured: leaves, colours and their
+gradients (150 bytes), projection, sorting, their gradients."""
+
+_LEAST_VIEW_ROW_BYTES = 300
 
 _ROOMY = 8
 """Views' worth of slots from which two views are admitted ahead."""
@@ -35,7 +44,9 @@ class CacheSizing:
         self.rates = Rates.measure(device) if auto else None
         self._budget, self._device, self._layout = budget, device, layout
         self._pixels = 0
-        self._observed = 0  # bytes in use beside the cache and what the largest view should need
+        self._per_row = float(_VIEW_ROW_BYTES)  # device memory that a row of a view needs
+        self._largest_since = (0, 0)  # rows and pixels of a view since memory was given back
+        self._taken = 0  # bytes in use between views, beside the cache
         self._counted = (0.0, 0.0)  # rows, and of these missed, when the rates were last asked
 
     @property
@@ -45,6 +56,7 @@ class CacheSizing:
 
     def saw(self, rows: int, pixels: int) -> None:
         """A view has so many rows."""
+        self._largest_since = max(self._largest_since, (rows, pixels))
         if rows > self.largest:
             self.largest, self._pixels = rows, pixels
 
@@ -53,23 +65,28 @@ class CacheSizing:
         self.view_rows = max(self.view_rows, rows + rows // 8)
 
     def limit(self, cached_rows: int) -> int:
-        """Largest number of rows that a cache may hold, if there is one of ``cached_rows``."""
-        return self._budget.cache_rows(
-            self._device,
-            self.row_bytes,
-            self.view_rows,
-            self._pixels,
-            self._observed,
-            cached_rows,
-        )
+        """Largest number of rows that a cache may hold, if there is one of ``cached_rows``.
+
+        Called between views, when none of their tensors is left.
+        """
+        if self._device.type == "cuda":
+            allocated = torch.cuda.memory_allocated(self._device)
+            self._taken = allocated - cached_rows * self.row_bytes
+        needed = self.view_rows * self._per_row + self._pixels * _PIXEL_BYTES
+        return self._budget.cache_rows(self._device, self.row_bytes, int(needed), cached_rows)
 
     def observe(self, cached_rows: int) -> None:
-        """Learn from what is in use: what a row needs depends on how many tiles it covers."""
-        if self._device.type == "cuda":
-            # Memory that was needed once stays reserved, until it is given back for another cache.
-            reserved = torch.cuda.memory_reserved(self._device)
-            expected = view_bytes(self.largest, self._pixels)
-            self._observed = max(0, reserved - cached_rows * self.row_bytes - expected)
+        """Learn what a row of a view needs: it depends on how many tiles of the image it covers."""
+        rows, pixels = self._largest_since
+        if self._device.type == "cuda" and rows > 0:
+            # Memory that was needed once stays reserved, until it is given back.
+            beside = torch.cuda.memory_reserved(self._device) - cached_rows * self.row_bytes
+            per_row = (beside - self._taken - pixels * _PIXEL_BYTES) / rows
+            self._per_row = max(_LEAST_VIEW_ROW_BYTES, per_row)
+
+    def memory_given_back(self) -> None:
+        """Torch has let go of what views needed so far."""
+        self._largest_since = (0, 0)
 
     def views_ahead(self, slots: int, rows: int) -> int:
         """How many views to admit ahead, with so many slots for all rows.

@@ -10,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gsscale_nerfstudio.engines.color_kernels import coefficient_gradients, store_colors
 
-@triton.jit(do_not_specialize=["n"])
+
+@triton.jit(do_not_specialize=["n", "total", "bands_end"])
 def unpack_rows(
     rows,
     positions,
@@ -19,16 +21,25 @@ def unpack_rows(
     scales,
     quats,
     opacities,
-    sh,
+    colors,
+    slopes,
+    table,
+    position,
+    bands_end,
     n,
+    total,
     SCATTER: tl.constexpr,
+    SLOPES: tl.constexpr,
+    DEGREE: tl.constexpr,
     SH: tl.constexpr,
-    OPTIMIZED: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Row i of ``[n, WIDTH]`` to place positions[i] (or i) of each attribute, all contiguous."""
+    """Row i of ``[n, WIDTH]`` to place positions[i] (or i) of each attribute, all contiguous.
+
+    Attributes are of ``total`` rows; of colours and slopes, see ``store_colors``.
+    """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = i < n
     column = tl.arange(0, COLUMNS)[None, :]
@@ -36,87 +47,72 @@ def unpack_rows(
     # Bookkeeping, too: whole rows are read in pieces of 16 bytes.
     w = tl.load(rows + i[:, None].to(tl.int64) * WIDTH + column, mask=at & (column < WIDTH))
     place = tl.load(positions + i, mask=live, other=0) if SCATTER else i
-    out = place[:, None].to(tl.int64)
-    tl.store(means + out * 3 + column, w, mask=at & (column < 3))
-    tl.store(scales + out * 3 + (column - 3), w, mask=at & (column >= 3) & (column < 6))
-    tl.store(quats + out * 4 + (column - 6), w, mask=at & (column >= 6) & (column < 10))
-    tl.store(opacities + out + (column - 10), w, mask=at & (column == 10))
-    bands = at & (column >= SH) & (column < OPTIMIZED)
-    tl.store(sh + out * (OPTIMIZED - SH) + (column - SH), w, mask=bands)
+    out = place.to(tl.int64)
+    each = out[:, None]
+    tl.store(means + each * 3 + column, w, mask=at & (column < 3))
+    tl.store(scales + each * 3 + (column - 3), w, mask=at & (column >= 3) & (column < 6))
+    tl.store(quats + each * 4 + (column - 6), w, mask=at & (column >= 6) & (column < 10))
+    tl.store(opacities + each + (column - 10), w, mask=at & (column == 10))
+    store_colors(
+        w,
+        column,
+        place,
+        live,
+        total,
+        table,
+        position,
+        bands_end,
+        colors,
+        slopes,
+        SLOPES,
+        DEGREE,
+        SH,
+    )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "means_stride",
-        "scales_stride",
-        "quats_stride",
-        "opacities_stride",
-        "dc_stride",
-        "rest_stride",
-        "n",
-    ]
-)
+@triton.jit(do_not_specialize=["n", "bands_end"])
 def pack_gradients(
     rows,
     g_means,
     g_scales,
     g_quats,
     g_opacities,
-    g_dc,
-    g_rest,
-    means_stride,
-    scales_stride,
-    quats_stride,
-    opacities_stride,
-    dc_stride,
-    rest_stride,
+    g_colors,
+    means,
     norms,
     seen,
     radii,
+    table,
+    position,
+    bands_end,
     n,
     HAS_STATISTICS: tl.constexpr,
     GRAD2D: tl.constexpr,
     COUNT: tl.constexpr,
     MAX_RADIUS: tl.constexpr,
+    DEGREE: tl.constexpr,
     SH: tl.constexpr,
-    OPTIMIZED: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient rows ``[n, WIDTH]``, statistics in their bookkeeping columns, zeros elsewhere.
-
-    The strides are those from row to row; within a row gradients are contiguous.
-    """
+    """Gradient rows ``[n, WIDTH]``, statistics in their bookkeeping columns, zeros elsewhere."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = i < n
     column = tl.arange(0, COLUMNS)[None, :]
     at = live[:, None]
     row = i[:, None].to(tl.int64)
     # Each load reads the columns of one attribute only; together they are the gradient row.
-    g = tl.load(g_means + row * means_stride + column, mask=at & (column < 3), other=0.0)
+    g = tl.load(g_means + row * 3 + column, mask=at & (column < 3), other=0.0)
     g += tl.load(
-        g_scales + row * scales_stride + (column - 3),
-        mask=at & (column >= 3) & (column < 6),
-        other=0.0,
+        g_scales + row * 3 + (column - 3), mask=at & (column >= 3) & (column < 6), other=0.0
     )
     g += tl.load(
-        g_quats + row * quats_stride + (column - 6),
-        mask=at & (column >= 6) & (column < 10),
-        other=0.0,
+        g_quats + row * 4 + (column - 6), mask=at & (column >= 6) & (column < 10), other=0.0
     )
-    g += tl.load(
-        g_opacities + row * opacities_stride + (column - 10), mask=at & (column == 10), other=0.0
-    )
-    g += tl.load(
-        g_dc + row * dc_stride + (column - SH),
-        mask=at & (column >= SH) & (column < SH + 3),
-        other=0.0,
-    )
-    g += tl.load(
-        g_rest + row * rest_stride + (column - SH - 3),
-        mask=at & (column >= SH + 3) & (column < OPTIMIZED),
-        other=0.0,
+    g += tl.load(g_opacities + row + (column - 10), mask=at & (column == 10), other=0.0)
+    g += coefficient_gradients(
+        column, i, live, means, position, table, bands_end, g_colors, DEGREE, SH
     )
     if HAS_STATISTICS:
         g = tl.where(column == GRAD2D, tl.load(norms + i, mask=live, other=0.0)[:, None], g)

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gsscale_nerfstudio.store import GROUPS, RowLayout
+from gsscale_nerfstudio.engines.colors import Colors, Viewpoint, connect
+from gsscale_nerfstudio.store import RowLayout
 
 ScreenStatistics = tuple[Tensor, Tensor, Tensor]
 """Per row of a working set: norm of the screen-space gradient, times seen (0 or 1), largest
 radius as a share of the image's longer side; each [n] float32."""
+
+LEAVES = ("means", "scales", "quats", "opacities")
+"""The groups that have a leaf; the SH coefficients stay in rows, see :class:`.Colors`."""
 
 
 @dataclass
@@ -22,56 +26,62 @@ class WorkingSet:
 
     Attributes:
         ids: [n] int32 on the CPU, ascending: the rows' places in the store.
-        leaves: one tensor [n, *shape] per group; Parameters when made for training.
-        sh: [n, 1 + rest, 3], all SH coefficients in one piece, of which ``leaves`` has views.
-            Gradients that reach it are those of ``features_dc`` and ``features_rest``.
+        leaves: one tensor [n, *shape] per group of :data:`LEAVES`; Parameters when made for
+            training.
+        colors: what the rows look like from the view's camera.
         statistics: called after the backward pass, gives what densification wants to know.
     """
 
     ids: Tensor
     leaves: dict[str, Tensor]
-    sh: Tensor
+    colors: Colors
     statistics: Callable[[], ScreenStatistics] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def empty_attributes(layout: RowLayout, n: int, device: torch.device) -> dict[str, Tensor]:
-    """Uninitialized contiguous attributes of ``n`` rows; "sh" holds both SH groups."""
-    shapes = {name: layout.shapes[name] for name in ("means", "scales", "quats", "opacities")}
-    shapes["sh"] = (1 + layout.rest_bases, 3)
-    return {name: torch.empty(n, *shape, device=device) for name, shape in shapes.items()}
+def empty_attributes(
+    layout: RowLayout, n: int, viewpoint: Viewpoint, training: bool
+) -> dict[str, Tensor]:
+    """Uninitialized contiguous attributes of ``n`` rows: the leaves, "colors" [n, 3] and "slopes".
 
-
-def working_set(ids: Tensor, attributes: dict[str, Tensor], training: bool) -> WorkingSet:
-    """Leaves over ``attributes`` (see :func:`empty_attributes`), without copies."""
-    leaves = dict(attributes)
-    sh = leaves.pop("sh")
-    leaves["features_dc"], leaves["features_rest"] = sh[:, 0], sh[:, 1:]
-    if training:
-        leaves = {name: Parameter(leaf) for name, leaf in leaves.items()}
-        sh.requires_grad_()
-        dc, rest = leaves["features_dc"], leaves["features_rest"]
-
-        def hand_on(joint: Tensor) -> None:
-            assert joint.grad is not None
-            dc.grad, rest.grad = joint.grad[:, 0], joint.grad[:, 1:]
-
-        sh.register_post_accumulate_grad_hook(hand_on)
-    return WorkingSet(ids, leaves, sh)
-
-
-def row_gradients(working: WorkingSet) -> dict[str, Tensor]:
-    """The leaves' gradients by group, in the order of columns; contiguous within each row.
-
-    Rows themselves may lie apart: those of the SH groups are views of one joint gradient. Zeros
-    where there is no gradient.
+    The slopes, [3, n, 3], are the derivatives of each channel with respect to the mean. They are
+    [0] where they are not needed: outside of training, and for colours that do not depend on it.
     """
-    return {name: _rows_of(working.leaves[name]) for name in GROUPS}
+    device = viewpoint.position.device
+    shapes: dict[str, tuple[int, ...]] = {name: (n, *layout.shapes[name]) for name in LEAVES}
+    shapes["colors"] = (n, 3)
+    shapes["slopes"] = (3, n, 3) if training and viewpoint.degree > 0 else (0,)
+    return {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
 
 
-def _rows_of(leaf: Tensor) -> Tensor:
-    if leaf.grad is None:
-        return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
-    return leaf.grad if leaf.grad[:1].is_contiguous() else leaf.grad.contiguous()
+def working_set(
+    ids: Tensor,
+    attributes: dict[str, Tensor],
+    layout: RowLayout,
+    viewpoint: Viewpoint,
+    training: bool,
+) -> WorkingSet:
+    """Leaves over ``attributes`` (see :func:`empty_attributes`), without copies."""
+    leaves = {name: attributes[name] for name in LEAVES}
+    values, slopes = attributes["colors"], attributes["slopes"]
+    if not training:
+        return WorkingSet(ids, leaves, Colors(values, viewpoint))
+    leaves = {name: Parameter(leaf) for name, leaf in leaves.items()}
+    colors = connect(
+        values,
+        slopes if slopes.numel() else None,
+        leaves["means"],
+        viewpoint,
+        clamped=layout.sh_degree > 0,
+    )
+    return WorkingSet(ids, leaves, colors)
+
+
+def leaf_gradients(working: WorkingSet) -> dict[str, Tensor]:
+    """The leaves' gradients by group, contiguous; zeros where there is no gradient."""
+    return {
+        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous()
+        for name, leaf in working.leaves.items()
+    }

@@ -20,13 +20,11 @@ def rasterize(
     width: int,
     height: int,
     *,
-    sh_degree: int | None,
     depth: bool,
     absgrad: bool,
     antialiased: bool,
     near: float = 0.01,
     far: float = 1e10,
-    camera_position: Tensor | None = None,
 ) -> Rendering:
     """Draw ``n`` Gaussians, n >= 0, as one pinhole camera sees them.
 
@@ -38,19 +36,17 @@ def rasterize(
         quats: Rotations, wxyz, not necessarily normalized. [n, 4]
         scales: Standard deviations along the rotated axes, in world units. [n, 3]
         opacities: In [0, 1]. [n]
-        colors: SH coefficients, [n, K, 3], if ``sh_degree`` is given, else the colours. [n, 3]
+        colors: As seen from the camera. [n, 3]
         viewmat: World to camera, OpenCV axes (x right, y down, z forward). [4, 4]
         K: Intrinsics in pixels, no skew. [3, 3]
         width: Image width in pixels.
         height: Image height in pixels.
-        sh_degree: Highest SH band to use, 0 to 4, or None.
         depth: Whether to render the expected depth too.
         absgrad: Whether :meth:`.Rendering.means2d_grad` is to sum absolute values.
         antialiased: Lower the opacity of a Gaussian by as much as the screen-space blur widens it
             (Mip-Splatting, arXiv 2311.16493).
         near: Gaussians whose centre is nearer, in z, are not drawn.
         far: Gaussians whose centre is farther, in z, are not drawn.
-        camera_position: [3], that of ``viewmat``, if at hand; no gradient flows through it.
     """
     inputs = (means, quats, scales, opacities, colors, viewmat)
     if len(means) == 0:
@@ -61,13 +57,11 @@ def rasterize(
         K,
         width,
         height,
-        sh_degree=sh_degree,
         depth=depth,
         absgrad=absgrad,
         antialiased=antialiased,
         near=near,
         far=far,
-        camera_position=camera_position,
     )
 
 
@@ -82,21 +76,15 @@ def _rasterize_gsplat(
     width: int,
     height: int,
     *,
-    sh_degree: int | None,
     depth: bool,
     absgrad: bool,
     antialiased: bool,
     near: float,
     far: float,
-    camera_position: Tensor | None,
 ) -> Rendering:
     # Imported here: a machine without CUDA can do without gsplat's kernels, not even build them,
     # and without Triton.
-    from gsplat.cuda._wrapper import (
-        fully_fused_projection,
-        rasterize_to_pixels,
-        spherical_harmonics,
-    )
+    from gsplat.cuda._wrapper import fully_fused_projection, rasterize_to_pixels
 
     from .tile_lists import TILE, tile_lists
 
@@ -121,15 +109,7 @@ def _rasterize_gsplat(
     opacities = opacities[None]
     if antialiased:
         opacities = opacities * compensations
-    if sh_degree is None:
-        channels = colors[None]
-    else:
-        if camera_position is None:
-            camera_position = torch.linalg.inv_ex(viewmat)[0][:3, 3]
-        channels = spherical_harmonics(
-            sh_degree, (means - camera_position)[None], colors[None], masks=largest_radii > 0
-        )
-        channels = torch.clamp_min(channels + 0.5, 0.0)
+    channels = colors[None]
     if depth:
         channels = torch.cat([channels, depths[..., None]], dim=-1)
     # In gsplat's own function for them the host waits for the device without letting other Python

@@ -11,7 +11,6 @@ from torch import Tensor
 from .compositing import composite
 from .projection import project
 from .rendering import Rendering
-from .spherical_harmonics import sh_colors
 
 
 def rasterize_reference(
@@ -25,24 +24,17 @@ def rasterize_reference(
     width: int,
     height: int,
     *,
-    sh_degree: int | None,
     depth: bool,
     absgrad: bool,
     antialiased: bool,
     near: float,
     far: float,
-    camera_position: Tensor | None = None,
 ) -> Rendering:
     """Draw one view; arguments and result are those of :func:`.api.rasterize`, n > 0."""
     radii, visible, splats = project(
         means, quats, scales, viewmat, K, width, height, near=near, far=far
     )
-    if sh_degree is None:
-        channels = colors[visible]
-    else:
-        if camera_position is None:
-            camera_position = torch.linalg.inv(viewmat)[:3, 3]
-        channels = sh_colors(colors[visible], means[visible] - camera_position, sh_degree)
+    channels = colors[visible]
     if depth:
         channels = torch.cat([channels, splats.depths[:, None]], 1)
     opacities = opacities[visible]

@@ -91,8 +91,8 @@ def test_the_gpus_kernels_are_measured(host, device, monkeypatch):
         "read missing rows": ("link", "h2d", 12 + 768),
         "write rows back": ("link", "d2h", 12 + 768),
         "both at once": ("link", "duplex", 12 + 2 * 768),
-        "gather": ("gpu", "device_copy", 4 + 768 + 236),
-        "settle + step": ("gpu", "device_copy", 4 + 236 + 2 * 768 + 16),
+        "gather": ("gpu", "device_copy", 4 + 768 + 44 + 12 + 36),
+        "settle + step": ("gpu", "device_copy", 4 + 12 + 44 + 12 + 2 * 768 + 16),
     }
     assert list(measured) == list(expected)
     seen = host.visible_share() * 3000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines import Engine, HostEngine, ResidentEngine
+from gsscale_nerfstudio.engines.working_set import LEAVES
 from gsscale_nerfstudio.optim import DeferredAdamConfig
+from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_colors
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -93,6 +96,29 @@ def gradient(leaf: Tensor, step: int) -> Tensor:
     return 0.01 * torch.sin(3 * leaf + 0.1 * step)
 
 
+def gradient_of_colors(colors: Tensor, step: int) -> Tensor:
+    """Small where a colour is almost 0: rounding decides there whether it is clamped."""
+    return gradient(colors, step) * colors
+
+
+def colors_of(values: dict[str, Tensor], view: View, degree: int | None = None) -> Tensor:
+    """The colours of given rows; differentiable. With all bands unless a degree is given."""
+    dc, rest = values["features_dc"], values["features_rest"]
+    every = math.isqrt(1 + rest.shape[1]) - 1
+    if every == 0:
+        return dc
+    coefficients = torch.cat([dc[:, None], rest], dim=1)
+    directions = values["means"] - view.on(dc.device).camera_position
+    return sh_colors(coefficients, directions, every if degree is None else degree)
+
+
+class Seen(NamedTuple):
+    """The rows that had a gradient at a step, and the view that saw them."""
+
+    ids: Tensor
+    view: View
+
+
 def in_view(means: Tensor, view: View) -> Tensor:
     """[n] bool: centre inside of the image; only such rows get a gradient, as in rendering."""
     viewmat, K = (torch.from_numpy(m).double() for m in (view.viewmat, view.K))
@@ -116,8 +142,8 @@ def drive(
     in_step: Callable[[int, dict], None] = lambda step, optimizers: None,
     after_step: Callable[[int], None] = lambda step: None,
     view_at: Callable[[int], View] = around,
-) -> list[Tensor]:
-    """Train with :func:`gradient`; returns the ids of the rows that had one at each step."""
+) -> list[Seen]:
+    """Train with :func:`gradient`; returns which rows had one at each step."""
     optimizers, schedulers = make_optimizers(engine.parameters(), True, steps)
     seen = []
     for step in range(steps):
@@ -126,13 +152,16 @@ def drive(
         working = engine.begin(view)
         means = working.leaves["means"].detach()
         drawn = in_view(means, view)
-        seen.append(working.ids[drawn].clone())
+        seen.append(Seen(working.ids[drawn].clone(), view))
         if announce(step):
             engine.announce([view_at(step + k) for k in range(1, 9)])
         in_step(step, optimizers)
+        has_one = drawn.to(engine.device)[:, None]
+        colors = working.colors.values
+        colors.backward(gradient_of_colors(colors.detach(), step) * has_one)
         for leaf in working.leaves.values():
-            shape = (-1, *[1] * (leaf.dim() - 1))
-            leaf.grad = gradient(leaf.detach(), step) * drawn.to(engine.device).view(shape)
+            grad = gradient(leaf.detach(), step) * has_one
+            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
         times = drawn.to(means)
         norms = torch.sin(15 * means[:, 0]).abs() * times
         working.statistics = lambda norms=norms, times=times: (norms, times, 0.01 * norms)
@@ -145,18 +174,22 @@ def drive(
 
 def dense(
     values: dict[str, Tensor],
-    seen: list[Tensor],
+    seen: list[Seen],
     steps: int,
     in_step: Callable[[int, dict], None] = lambda step, optimizers: None,
 ) -> dict[str, Tensor]:
     """What dense Adam makes of the same gradients, which rows outside of a view do not get."""
     leaves = {name: torch.nn.Parameter(v.clone()) for name, v in values.items()}
     optimizers, schedulers = make_optimizers({n: [p] for n, p in leaves.items()}, False, steps)
-    for step, ids in enumerate(seen):
+    for step, (ids, view) in enumerate(seen):
         in_step(step, optimizers)
         for leaf in leaves.values():
             leaf.grad = torch.zeros_like(leaf)
-            leaf.grad[ids.long()] = gradient(leaf.detach()[ids.long()], step)
+        colors = colors_of({name: leaf[ids.long()] for name, leaf in leaves.items()}, view)
+        colors.backward(gradient_of_colors(colors.detach(), step))
+        for name in LEAVES:
+            leaf = leaves[name]
+            leaf.grad[ids.long()] += gradient(leaf.detach()[ids.long()], step)
         for name in GROUPS:
             optimizers[name].step()
             schedulers[name].step()

@@ -11,10 +11,11 @@ from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines import Engine, HostEngine
+from gsscale_nerfstudio.engines import Engine, HostEngine, WorkingSet
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from tests.engines.driving import colors_of
 
 STEPS = 200
 SIZE = (64, 48)
@@ -54,19 +55,23 @@ def random_rows(n: int, layout: RowLayout) -> dict[str, Tensor]:
     return values
 
 
-def draw(leaves: dict[str, Tensor], view: View) -> Rendering:
+def draw(values: dict[str, Tensor] | WorkingSet, view: View) -> Rendering:
+    """Rows given by all their groups, or a working set."""
+    if isinstance(values, WorkingSet):
+        leaves, colors = values.leaves, values.colors.values
+    else:
+        leaves, colors = values, colors_of(values, view)
     device = leaves["means"].device
     return rasterize(
         leaves["means"],
         leaves["quats"],
         torch.exp(leaves["scales"]),
         torch.sigmoid(leaves["opacities"]).squeeze(-1),
-        torch.cat([leaves["features_dc"][:, None], leaves["features_rest"]], dim=1),
+        colors,
         torch.from_numpy(view.viewmat).float().to(device),
         torch.from_numpy(view.K).float().to(device),
         view.width,
         view.height,
-        sh_degree=1,
         depth=False,
         absgrad=True,
         antialiased=False,
@@ -117,7 +122,7 @@ def train_rows(
         if interrupt is not None:
             interrupt(step, views)
         working = engine.begin(views[i])
-        loss_of(draw(working.leaves, views[i]), targets[i]).backward()
+        loss_of(draw(working, views[i]), targets[i]).backward()
         for name in GROUPS:
             optimizers[name].step()
             schedulers[name].step()
@@ -168,35 +173,6 @@ def test_two_hundred_steps_equal_dense_adam():
     assert max(errors.values()) < 1e-5, errors
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_given_gradients_equal_dense_adam(device):
-    """The engine's way to the device and back, without a rasterizer's own rounding in between."""
-    layout = RowLayout(2)
-    values = random_rows(2000, layout)
-    engine = make_engine(values, layout, device)
-    optimizers, schedulers = make_optimizers(engine.parameters(), True, 1e-15)
-    dense = {name: torch.nn.Parameter(v.clone()) for name, v in values.items()}
-    adams, plain_schedulers = make_optimizers({n: [p] for n, p in dense.items()}, False, 1e-15)
-    views = ring_of_views()
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(step)
-        working = engine.begin(views[(step * 5) % len(views)])
-        for name in GROUPS:
-            leaf = working.leaves[name]
-            grad = 0.01 * torch.randn(leaf.shape, generator=generator)
-            leaf.grad = grad.to(device)
-            dense[name].grad = torch.zeros_like(dense[name])
-            dense[name].grad[working.ids.long()] = grad
-        for name in GROUPS:
-            optimizers[name].step()
-            schedulers[name].step()
-            adams[name].step()
-            plain_schedulers[name].step()
-    engine.settle()
-    errors = largest_errors(engine.store, {n: p.detach() for n, p in dense.items()})
-    assert max(errors.values()) < 1e-5, errors
-
-
 @pytest.mark.gpu
 def test_working_sets_of_any_size_reach_the_device():
     """Larger than a chunk of page-locked memory, growing and shrinking: what arrives is whole."""
@@ -207,9 +183,13 @@ def test_working_sets_of_any_size_reach_the_device():
     for distance in (0.1, 3.0, 40.0, 0.1, 40.0):
         viewmat = np.eye(4)
         viewmat[2, 3] = distance
-        working = engine.fetch(View(viewmat, far.K, far.width, far.height))
-        for name in GROUPS:
-            assert torch.equal(working.leaves[name].cpu(), values[name][working.ids.long()])
+        view = View(viewmat, far.K, far.width, far.height)
+        working = engine.fetch(view)
+        seen = {name: v[working.ids.long()] for name, v in values.items()}
+        for name, leaf in working.leaves.items():
+            assert torch.equal(leaf.cpu(), seen[name])
+        colors = colors_of(seen, view)
+        torch.testing.assert_close(working.colors.values.cpu(), colors, rtol=1e-5, atol=1e-5)
     assert len(working) > 100_000
 
 
@@ -222,7 +202,7 @@ def test_renders_in_between_do_not_disturb():
     def render(step: int, views: list[View]) -> None:
         if step % 3 == 0:
             with torch.no_grad():
-                draw(watched.fetch(views[step % len(views)]).leaves, views[step % len(views)])
+                draw(watched.fetch(views[step % len(views)]), views[step % len(views)])
 
     train_rows(watched, targets, 1e-15, 40, render)
     for name in GROUPS:
@@ -250,7 +230,7 @@ def test_drawing_the_working_set_is_drawing_everything(device):
     for view in ring_of_views():
         working = engine.fetch(view)
         assert 0 < len(working) < 3000
-        part, whole = draw(working.leaves, view), draw(everything, view)
+        part, whole = draw(working, view), draw(everything, view)
         assert int((part.radii > 0).sum()) == int((whole.radii > 0).sum())
         torch.testing.assert_close(part.rgb, whole.rgb, rtol=0, atol=1e-6)
         torch.testing.assert_close(part.alpha, whole.alpha, rtol=0, atol=1e-6)
@@ -265,7 +245,7 @@ def test_a_view_that_sees_nothing_trains(device):
     optimizers, _ = make_optimizers(engine.parameters(), True, 1e-15)
     working = engine.begin(ring_of_views()[0])
     assert len(working) == 0
-    loss_of(draw(working.leaves, ring_of_views()[0]), torch.rand(3).to(device)).backward()
+    loss_of(draw(working, ring_of_views()[0]), torch.rand(3).to(device)).backward()
     for optimizer in optimizers.values():
         optimizer.step()
     assert engine.step_count == 1
@@ -279,7 +259,7 @@ def test_a_missing_optimizer_step_is_noticed():
     optimizers, _ = make_optimizers(engine.parameters(), True, 1e-15)
     view = ring_of_views()[0]
     working = engine.begin(view)
-    loss_of(draw(working.leaves, view), torch.rand(3)).backward()
+    loss_of(draw(working, view), torch.rand(3)).backward()
     optimizers["means"].step()
     with pytest.raises(RuntimeError, match="were not stepped"):
         engine.begin(view)
@@ -300,13 +280,13 @@ def test_a_rising_learning_rate_keeps_the_culler_conservative(monkeypatch):
         for name in ("means", "scales"):
             optimizers[name].param_groups[0]["lr"] = LR[name] * 1.5 ** min(step, 12)
         working = engine.begin(view)
-        loss_of(draw(working.leaves, view), targets[(step * 5) % len(views)]).backward()
+        loss_of(draw(working, view), targets[(step * 5) % len(views)]).backward()
         for name in GROUPS:
             optimizers[name].step()
         everything = settled_copy(engine)
         for other in views:
             whole = draw(everything, other)
-            part = draw(engine.fetch(other).leaves, other)
+            part = draw(engine.fetch(other), other)
             assert int((part.radii > 0).sum()) == int((whole.radii > 0).sum())
     # 1.5^12 is 130: eight doublings, not one refresh of all rows at every step.
     assert 0 < len(refreshed) <= 8

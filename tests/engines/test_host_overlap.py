@@ -74,7 +74,7 @@ def check_equals_dense(
     expected = dense(before, seen, steps, change)
     errors = largest_errors(engine.store, expected)
     assert max(errors.values()) < 1e-5, errors
-    assert engine.store.bookkeeping("count").sum() == sum(len(ids) for ids in seen)
+    assert engine.store.bookkeeping("count").sum() == sum(len(view.ids) for view in seen)
     assert torch.equal(engine.store.bookkeeping("stamp"), torch.full((len(engine.store),), steps))
     blocks = engine.store.blocks.clone()
     engine.culler.refresh(len(engine.store))
@@ -238,7 +238,7 @@ def test_a_view_that_is_stepped_twice(device, without_kernels):
     assert engine.step_count == 13
     assert (engine.store.bookkeeping("stamp") == 13).all()
     seen.append(seen[5])
-    assert engine.store.bookkeeping("count").sum() == sum(len(ids) for ids in seen)
+    assert engine.store.bookkeeping("count").sum() == sum(len(view.ids) for view in seen)
 
 
 @pytest.mark.parametrize("device", DEVICES)

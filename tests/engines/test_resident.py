@@ -13,6 +13,7 @@ from gsscale_nerfstudio.densify import RowStrategy
 from gsscale_nerfstudio.engines import Budget, ResidentEngine
 from gsscale_nerfstudio.engines import make_engine as engine_of
 from gsscale_nerfstudio.engines.rates import Rates
+from gsscale_nerfstudio.engines.sizing import CacheSizing
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import HostStore, RowLayout
@@ -62,7 +63,7 @@ def test_two_hundred_steps_equal_dense_adam(device, budget, degree):
     assert engine._caching  # it did not fall back to the host engine
     missed = counters["rows_missed"]
     assert missed <= ROWS if budget == "all rows" else missed > 0.2 * counters["rows"]
-    assert engine.store.bookkeeping("count").sum() == sum(len(ids) for ids in seen)
+    assert engine.store.bookkeeping("count").sum() == sum(len(view.ids) for view in seen)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -281,7 +282,7 @@ def test_a_view_larger_than_expected_gets_a_new_cache(device):
     engine = make_engine(values, layout, device, ROWS)
     before = copies(engine.store)
     seen = drive(engine, 24)
-    sizes = [len(ids) for ids in seen]
+    sizes = [len(view.ids) for view in seen]
     assert max(sizes) > 2 * sizes[0]
     engine.settle()
     errors = largest_errors(engine.store, dense(before, seen, 24))
@@ -303,13 +304,39 @@ def test_a_restart_forgets_the_cache():
 
 def test_budgets():
     cpu = torch.device("cpu")
-    assert Budget(None).cache_rows(cpu, 768, 1000, 1000) == 2**31 - 1
-    four, eight = (Budget(gb).cache_rows(cpu, 768, 10**6, 3 * 10**6) for gb in (4, 8))
+    assert Budget(None).cache_rows(cpu, 768, 10**6) == 2**31 - 1
+    four, eight = (Budget(gb).cache_rows(cpu, 768, 10**9) for gb in (4, 8))
     assert eight - four == pytest.approx(4e9 / 768, abs=2)
-    assert 0 < four < 4e9 / 768
-    assert Budget(0.5).cache_rows(cpu, 768, 1000, 1000) == 0
-    less = Budget(4).cache_rows(cpu, 768, 10**6, 3 * 10**6, observed=768 * 1000)
+    assert 0 < four < 3e9 / 768
+    assert Budget(0.5).cache_rows(cpu, 768, 1000) == 0
+    less = Budget(4).cache_rows(cpu, 768, 10**9 + 768 * 1000)
     assert less == four - 1000
+
+
+def test_what_a_view_needs_is_measured(monkeypatch):
+    """What torch holds beside the cache and what was there between views, per row."""
+    memory = {"reserved": 0, "allocated": 0}
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: memory["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: memory["allocated"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**12, 10**12))
+    layout = RowLayout(3)
+    sizing = CacheSizing(Budget(8), torch.device("cuda"), layout)
+    slots, images, pixels = 10**6, 50_000_000, 3_000_000
+    memory["allocated"] = images + slots * sizing.row_bytes
+    sizing.saw(800_000, pixels)
+    sizing.leave_room_for(1_000_000)
+    guessed = sizing.limit(slots)
+    for per_row in (500, 900):
+        memory["reserved"] = memory["allocated"] + 800_000 * per_row + 130 * pixels
+        sizing.observe(slots)
+        more = sizing.view_rows * (700 - per_row) / sizing.row_bytes
+        assert sizing.limit(slots) - guessed == pytest.approx(more, abs=2)
+    # A smaller view that is seen after memory was given back tells as much.
+    sizing.memory_given_back()
+    sizing.saw(100_000, pixels)
+    memory["reserved"] = memory["allocated"] + 100_000 * 700 + 130 * pixels
+    sizing.observe(slots)
+    assert sizing.limit(slots) == pytest.approx(guessed, abs=2)
 
 
 def test_refused_without_a_gpu(monkeypatch):

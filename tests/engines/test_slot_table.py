@@ -45,6 +45,10 @@ class Table:
         return dict(zip(rows.tolist(), slots.tolist(), strict=True))
 
 
+BLOCK = 64
+"""Rows that leave in the same order."""
+
+
 class Model:
     """What the table should do, one row at a time."""
 
@@ -52,32 +56,32 @@ class Model:
         self.n_slots = n_slots
         self.slot: dict[int, int] = {}
         self.used: dict[int, int] = {}
-        self.expected: dict[int, set[int]] = {}
+        self.block_used: dict[int, int] = {}
+        self.block_expected: dict[int, set[int]] = {}
         self.free: list[int] = []
         self.handed_out = 0
 
     def expect(self, ids, view: int) -> None:
-        for row in ids:
-            self.expected.setdefault(row, set()).add(view % 32)
+        for block in {row // BLOCK for row in ids}:
+            self.block_expected.setdefault(block, set()).add(view)
 
-    def urgency(self, row: int, view: int) -> int:
+    def urgency(self, row: int, view: int, protect_from: int) -> int:
         """Rows with the lowest leave first."""
-        # Views are remembered by number modulo 32, so one that has been and did not use the row
-        # counts as one to come, unless it is one of the last two.
-        distances = [(bit - view - 1) % 32 for bit in self.expected.get(row, ())]
-        distances = [distance for distance in distances if distance < 30]
-        return -min(distances) if distances else -32 - min(31, view - self.used[row])
+        block = row // BLOCK
+        used = self.block_used[block]
+        if used >= protect_from or used == view:
+            return 1
+        coming = [v for v in self.block_expected.get(block, ()) if v > view]
+        return -(min(coming) - view - 1) if coming else -32 - min(31, view - used)
 
     def plan(self, ids, view: int, protect_from: int):
         misses = [row for row in ids if row not in self.slot]
-        may_leave = sorted(
-            (self.urgency(row, view), row)
-            for row in self.slot
-            if row not in ids and self.used[row] < protect_from
-        )
+        may_leave = [row for row in self.slot if row not in ids and self.used[row] < protect_from]
         empty = self.free[::-1] + list(range(self.handed_out, self.n_slots))
         if len(misses) > len(empty) + len(may_leave):
             return None
+        self.block_used.update({row // BLOCK: view for row in ids})
+        may_leave = sorted((self.urgency(row, view, protect_from), row) for row in may_leave)
         moves, newest = [], -1
         leaving = sorted(row for _, row in may_leave[: max(0, len(misses) - len(empty))])
         for row in misses:
@@ -94,8 +98,6 @@ class Model:
             moves.append((row, slot, gone))
             self.slot[row] = slot
         self.used.update(dict.fromkeys(ids, view))
-        for row in ids:
-            self.expected.get(row, set()).discard(view % 32)
         return (len(misses), newest), [self.slot[row] for row in ids], moves
 
     def drop(self, ids) -> None:
@@ -104,12 +106,37 @@ class Model:
                 self.free.append(self.slot.pop(row))
                 self.used.pop(row)
 
-    def rename(self, new_id) -> None:
-        """``new_id`` gives every row's new id, None for a row that is no more."""
-        for name in ("slot", "used", "expected"):
-            items = getattr(self, name).items()
-            moved = {new_id(row): value for row, value in items if new_id(row) is not None}
-            setattr(self, name, moved)
+    def expect_like(self, row: int, other: int) -> None:
+        known = self.block_expected.get(row // BLOCK, set())
+        self.block_expected.setdefault(other // BLOCK, set()).update(known)
+
+    def rename(self, moved: dict[int, int]) -> None:
+        """Give rows new ids; others keep theirs."""
+        for row, now in moved.items():
+            self.expect_like(row, now)
+            if row in self.used:
+                old = self.block_used.get(now // BLOCK, -1)
+                self.block_used[now // BLOCK] = max(old, self.used[row])
+        self.slot = {moved.get(row, row): slot for row, slot in self.slot.items()}
+        self.used = {moved.get(row, row): view for row, view in self.used.items()}
+
+    def permute(self, place: dict[int, int]) -> None:
+        old, self.block_expected, self.block_used = self.block_expected, {}, {}
+        for row, now in place.items():
+            known = self.block_expected.setdefault(now // BLOCK, set())
+            known.update(old.get(row // BLOCK, ()))
+        self.slot = {place[row]: slot for row, slot in self.slot.items()}
+        self.used = {place[row]: view for row, view in self.used.items()}
+        for row, view in self.used.items():
+            before = self.block_used.get(row // BLOCK, -1)
+            self.block_used[row // BLOCK] = max(before, view)
+
+    def resize(self, n_rows: int) -> None:
+        """Blocks behind the last row are as new if rows come again."""
+        end = -(-n_rows // BLOCK)
+        for known in (self.block_expected, self.block_used):
+            for block in [block for block in known if block >= end]:
+                del known[block]
 
 
 class TableMachine(RuleBasedStateMachine):
@@ -166,18 +193,16 @@ class TableMachine(RuleBasedStateMachine):
         self.table.raw.drop(int32(gone))
         self.model.drop(gone)
         self.table.raw.rename(int32(sources), int32(targets))
-        moved = dict(zip(sources, targets, strict=True))
-        for target in targets:
-            self.model.expected.pop(target, None)
-        self.model.rename(lambda row: moved.get(row, row if row < n else None))
+        self.model.rename(dict(zip(sources, targets, strict=True)))
         self.n_rows, self.n_slots = n + more, self.n_slots + slots
         self.model.n_slots = self.n_slots
         self.table.raw.resize(self.n_slots, self.n_rows)
+        self.model.resize(self.n_rows)
         parents = [row // 2 for row in range(n, self.n_rows)] if n else []
         if parents:
             self.table.raw.expect_like(int32(parents), int32(range(n, self.n_rows)))
             for parent, row in zip(parents, range(n, self.n_rows), strict=True):
-                self.model.expected[row] = set(self.model.expected.get(parent, ()))
+                self.model.expect_like(parent, row)
         self.protected = max(self.protected, self.view + 1)
 
     @rule(first=st.integers(0, 59), n=st.integers(0, 9))
@@ -192,8 +217,7 @@ class TableMachine(RuleBasedStateMachine):
     def permute(self, seed):
         order = np.random.default_rng(seed).permutation(self.n_rows)
         self.table.raw.permute(int32(order))
-        place = {int(old): new for new, old in enumerate(order)}
-        self.model.rename(lambda row: place[row])
+        self.model.permute({int(old): new for new, old in enumerate(order)})
         self.protected = max(self.protected, self.view + 1)
 
     @rule(more=st.sampled_from([None, 0, 30]))
@@ -217,15 +241,23 @@ class TableMachine(RuleBasedStateMachine):
 
 
 class LargeTableMachine(TableMachine):
-    """Several of the blocks in which residents are counted."""
+    """Many blocks, of which views use parts."""
 
     scale = 50
+
+
+class AlignedTableMachine(TableMachine):
+    """Views use whole blocks."""
+
+    scale = BLOCK
 
 
 TestTableMachine = TableMachine.TestCase
 TestTableMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestLargeTableMachine = LargeTableMachine.TestCase
 TestLargeTableMachine.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+TestAlignedTableMachine = AlignedTableMachine.TestCase
+TestAlignedTableMachine.settings = TestLargeTableMachine.settings
 
 
 @pytest.mark.usefixtures("four_threads")
@@ -235,7 +267,10 @@ def test_many_threads_worth_of_rows():
     rng = np.random.default_rng(0)
     table = _C.SlotTable(n_slots, n_rows)
     slot_of = np.full(n_rows, -1, dtype=np.int32)
-    used, expected = np.full(n_rows, -1), np.zeros(n_rows, dtype=np.uint32)
+    used = np.full(n_rows, -1)
+    block_of = np.arange(n_rows) // BLOCK
+    block_used = np.full(block_of[-1] + 1, -1)
+    needed = np.zeros((40, len(block_used)), dtype=bool)  # by view
     for view in range(12):
         first = rng.integers(0, n_rows - 900_000)
         ids = (first + np.flatnonzero(rng.random(900_000) < 0.5)).astype(np.int32)
@@ -243,17 +278,18 @@ def test_many_threads_worth_of_rows():
         misses, newest = table.plan(ids, view, view, slots, moves)
         rows_in, slots_in, rows_out = moves.T
 
-        told = (first + np.flatnonzero(rng.random(900_000) < 0.2)).astype(np.int32)
         missing = ids[slot_of[ids] < 0]
         used[ids] = view
-        expected[ids] &= ~np.uint32(1 << view % 32)
+        block_used[block_of[ids]] = view
         resident = np.flatnonzero(slot_of >= 0)
         empty = min(len(missing), n_slots - len(resident))
         away = resident[used[resident] < view]
-        due = used[away] - view - 32
+        due = block_used - view - 32
         for distance in reversed(range(30)):
-            due[expected[away] >> np.uint32((view + 1 + distance) % 32) & 1 == 1] = -distance
-        oldest = np.sort(away[np.lexsort((away, due))][: len(missing) - empty])
+            if view + 1 + distance < len(needed):
+                due[needed[view + 1 + distance]] = -distance
+        due[block_used == view] = 1
+        oldest = np.sort(away[np.lexsort((away, due[block_of[away]]))][: len(missing) - empty])
         assert misses == len(missing)
         assert newest == (used[oldest].max() if len(oldest) else -1)
         np.testing.assert_array_equal(rows_in[:misses], missing)
@@ -264,8 +300,10 @@ def test_many_threads_worth_of_rows():
         slot_of[missing] = freed
         np.testing.assert_array_equal(slots, slot_of[ids])
         if view % 4 == 0:
+            start = rng.integers(0, n_rows - 900_000)
+            told = (start + np.flatnonzero(rng.random(900_000) < 0.2)).astype(np.int32)
             table.expect(told, view + 6)
-            expected[told] |= np.uint32(1 << (view + 6) % 32)
+            needed[view + 6, block_of[told]] = True
     rows, slots = np.empty((2, n_slots), dtype=np.int32)
     n = table.residents(rows, slots)
     np.testing.assert_array_equal(rows[:n], np.flatnonzero(slot_of >= 0))
@@ -302,23 +340,33 @@ def test_rows_that_do_not_fit_change_nothing():
 
 
 def test_protection_ends_at_the_view_that_is_named():
-    table = Table(3, 10)
-    for view, row in enumerate((7, 8, 9)):
+    table = Table(3, 1000)
+    for view, row in enumerate((700, 800, 900)):
         table.plan([row], view, 0)
     assert table.plan([1, 2], 3, 1) is None
-    assert table.plan([1, 2], 3, 2) == ((2, 1), [0, 1], [(1, 0, 7), (2, 1, 8)])
+    assert table.plan([1, 2], 3, 2) == ((2, 1), [0, 1], [(1, 0, 700), (2, 1, 800)])
 
 
 def test_what_is_needed_soon_stays():
-    table = Table(4, 20)
-    table.plan([1, 2, 3, 4], 0, 0)
-    table.expect([1], 2)
-    table.expect([2, 3], 5)
-    # 4 is not expected by anybody; 3 and 2 later than 1. Of equals the lower row leaves.
-    assert table.plan([10], 1, 1)[2] == [(10, 3, 4)]
-    assert table.plan([11, 12], 2, 2)[2] == [(11, 0, 1), (12, 3, 10)]
-    # By now 1 had its turn and 10 and 11 are nobody's; 2 and 3 are needed at once.
-    assert table.plan([2, 3, 13], 5, 5)[2] == [(13, 0, 11)]
+    table = Table(4, 2000)
+    table.plan([100, 200, 300, 400], 0, 0)
+    table.expect([100], 2)
+    table.expect([200, 300], 5)
+    # 400 is not expected by anybody; 300 and 200 later than 100. Of equals the lower row leaves.
+    assert table.plan([1000], 1, 1)[2] == [(1000, 3, 400)]
+    assert table.plan([1100, 1200], 2, 2)[2] == [(1100, 0, 100), (1200, 3, 1000)]
+    # By now 100 had its turn and 1000 and 1100 are nobody's; 200 and 300 are needed at once.
+    assert table.plan([200, 300, 1300], 5, 5)[2] == [(1300, 0, 1100)]
+
+
+def test_neighbours_of_what_stays_leave_last():
+    """Rows 0 to 2 are one block, of which a protected view uses one."""
+    table = Table(4, 200)
+    table.plan([0, 1, 2, 130], 0, 0)
+    table.expect([130], 3)
+    table.plan([0], 1, 1)
+    assert table.plan([70], 2, 1)[2] == [(70, 3, 130)]
+    assert table.plan([71, 72], 3, 1)[2] == [(71, 1, 1), (72, 2, 2)]
 
 
 def test_views_can_be_told_thirty_ahead():

@@ -6,14 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import plyfile
 import pytest
 import torch
 from nerfstudio.models.splatfacto import SplatfactoModel
-from nerfstudio.scripts import exporter
 
 from gsscale_nerfstudio import export
 from gsscale_nerfstudio.errors import GSScaleError
+
+plyfile = pytest.importorskip("plyfile")
+exporter = pytest.importorskip("nerfstudio.scripts.exporter")  # needs open3d
 
 BOX = {
     "obb_center": (0.1, 0.0, -0.2),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gsscale_nerfstudio.engines.working_set import LEAVES
 from gsscale_nerfstudio.store import GROUPS
 from tests.runs import make_config, tiny_scene, train
 
@@ -30,8 +31,9 @@ def test_log_gradients_covers_the_gaussians(scene, tmp_path, monkeypatch):
     for callback in trainer.callbacks:
         callback.run_callback_at_location(0, callback.where_to_run[0])
     _, _, metrics = trainer.train_iteration(0)
+    # Those of SH coefficients are formed row by row while rows are stepped.
     for name in GROUPS:
-        assert f"Gradients/gauss_params.{name}" in metrics
+        assert (f"Gradients/gauss_params.{name}" in metrics) == (name in LEAVES)
     assert metrics["Gradients/gauss_params.means"] > 0
     assert metrics["Gradients/Total"] >= metrics["Gradients/gauss_params.means"]
 
@@ -46,6 +48,16 @@ def test_gradient_clipping_clips(scene, tmp_path):
     norm = moments.column("means", moments.exp_avg).norm()
     assert 0 < norm < 1e-9
     assert not torch.equal(means_of(plain), means_of(clipped))
+
+
+@pytest.mark.parametrize("name", ["features_dc", "features_rest"])
+def test_clipping_of_coefficients_is_refused(scene, tmp_path, capsys, name):
+    config = make_config(scene, tmp_path, steps=1)
+    config.optimizers[name]["optimizer"].max_norm = 1.0
+    with pytest.raises(SystemExit):
+        train(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"--optimizers.{name.replace('_', '-')}.optimizer.max-norm" in said
 
 
 def test_learning_rate_flags_reach_the_rows(scene, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
+from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_colors
 
 
 class Camera(NamedTuple):
@@ -93,8 +94,16 @@ def empty_scenes() -> list[tuple[str, Scene]]:
 def draw(scene: Scene, camera: Camera, **options: Any) -> Rendering:
     """:func:`rasterize` with defaults for what a test is not about."""
     settings = {"depth": False, "absgrad": False, "antialiased": False} | options
-    *tensors, sh_degree = scene
-    return rasterize(*tensors, *camera, sh_degree=sh_degree, **settings)
+    colors = seen_colors(scene, camera)
+    return rasterize(*scene[:4], colors, *camera, **settings)
+
+
+def seen_colors(scene: Scene, camera: Camera) -> Tensor:
+    """A scene's colours [n, 3] as a camera sees them."""
+    if scene.sh_degree is None:
+        return scene.colors
+    position = torch.linalg.inv(camera.viewmat)[:3, 3]
+    return sh_colors(scene.colors, scene.means - position, scene.sh_degree)
 
 
 def random_loss(*images: Tensor | None) -> Tensor:

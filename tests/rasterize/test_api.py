@@ -7,7 +7,6 @@ from typing import Any
 import gsplat.cuda._wrapper
 import pytest
 import torch
-from torch import Tensor
 
 from gsscale_nerfstudio.rasterize import tile_lists
 from gsscale_nerfstudio.rasterize.api import _rasterize_gsplat
@@ -31,11 +30,6 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
         compensations = torch.full((1, 3), 0.5) if options["calc_compensations"] else None
         return both, means[None, :, :2] * 10, means[None, :, 2], quats[None, :, :3], compensations
 
-    def harmonics(degree: int, dirs: Tensor, coeffs: Tensor, masks: Tensor) -> Tensor:
-        asked["harmonics"] = {"degree": degree, "masks": masks.tolist()}
-        assert dirs.shape == (1, 3, 3) and coeffs.shape == (1, 3, 16, 3)
-        return coeffs[:, :, 0] - 100
-
     def lists(means2d, its_radii, depths, conics, opacities, *size: int):
         assert means2d.shape == (3, 2) and depths.shape == (3,) and conics.shape == (3, 3)
         asked["lists"] = {"radii": its_radii.shape, "size": size}
@@ -44,29 +38,27 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
 
     def pixels(means2d, conics, channels, opacities, width, height, *rest, absgrad: bool):
         asked["pixels"] = {"rest": rest, "absgrad": absgrad, "opacities": opacities}
-        assert torch.equal(channels[..., :3], torch.zeros(1, 3, 3))  # clamped
+        assert torch.equal(channels[0, :, :3], colors)
         image = (means2d.sum() + conics.sum()) * torch.ones(1, height, width, channels.shape[-1])
         return image, image[..., :1] / 2
 
     for name, function in {
         "fully_fused_projection": projection,
-        "spherical_harmonics": harmonics,
         "rasterize_to_pixels": pixels,
     }.items():
         monkeypatch.setattr(gsplat.cuda._wrapper, name, function)
     monkeypatch.setattr(tile_lists, "tile_lists", lists)
-    gaussians, view = scene(3, sh_degree=2).to(torch.float32).leaves(), camera(40, 50)
-    *tensors, sh_degree = gaussians
+    gaussians, view = scene(3).to(torch.float32).leaves(), camera(40, 50)
+    *tensors, _ = gaussians
+    colors = tensors[4]
     rendering = _rasterize_gsplat(
         *tensors,
         *view,
-        sh_degree=sh_degree,
         depth=depth,
         absgrad=True,
         antialiased=antialiased,
         near=0.2,
         far=30.0,
-        camera_position=None,
     )
 
     opacities = asked["pixels"].pop("opacities")
@@ -80,7 +72,6 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
             "far_plane": 30.0,
             "calc_compensations": antialiased,
         },
-        "harmonics": {"degree": 2, "masks": [[True, False, True]]},
         "lists": {"radii": (3, 2) if two_radii else (3,), "size": (40, 50)},
         "pixels": {"rest": (16, "offsets", "gaussians"), "absgrad": True},
     }
