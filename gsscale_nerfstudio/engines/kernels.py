@@ -107,6 +107,18 @@ def exchange_rows(
 
 
 @triton.jit
+def quotient(a, b):
+    """a / b to two units in the last place: a sixth of the instructions of the exact one."""
+    return a / b
+
+
+@triton.jit
+def root(x):
+    """The square root, to as much."""
+    return tl.sqrt(x)
+
+
+@triton.jit
 def _skip(
     stamp,
     step,
@@ -222,7 +234,7 @@ def gather_leaves(
     if FROM_HOST:
         m += tl.load(host_m + there, mask=fetch & behind, other=0.0)
         v += tl.load(host_v + there, mask=fetch & behind, other=0.0)
-    w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
+    w -= quotient(s * m, root(v) + eps * f[:, None])
     out = i[:, None].to(tl.int64)
     at = live[:, None]
     tl.store(means + out * 3 + column, w, mask=at & (column < 3))
@@ -312,7 +324,7 @@ def settle_and_step_rows(
         HORIZON,
         GROUPS,
     )
-    w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
+    w -= quotient(s * m, root(v) + eps * f[:, None])
     m *= d1[:, None]
     v *= d2[:, None]
 
@@ -334,7 +346,7 @@ def settle_and_step_rows(
     step_size = tl.load(step_size_of_group + group, mask=inside, other=0.0)
     m += (g - m) * one_minus_beta1
     v = v * beta2 + g * g * one_minus_beta2
-    w -= tl.div_rn(step_size * m, tl.sqrt_rn(v) * inv_sqrt_bias2 + eps)
+    w -= quotient(step_size * m, root(v) * inv_sqrt_bias2 + eps)
     # Denormals would never end decaying.
     m = tl.where(tl.abs(m) < 1.17549435e-38, 0.0, m)
     v = tl.where(v < 1.17549435e-38, 0.0, v)
