@@ -69,12 +69,9 @@ class GSScaleModel(SplatfactoModel):
 
     def populate_modules(self) -> None:
         config = self.config
-        layout = RowLayout(config.sh_degree)
-        store = HostStore(layout, config.max_gaussians)
-        seeds = seed_rows(config, layout, self.seed_points)
+        store = HostStore(RowLayout(config.sh_degree), config.max_gaussians)
+        seed_rows(store, config, self.seed_points)
         self.seed_points = None
-        store.append(seeds, stamp=0)
-        store.sort()
         self.upcoming: list[Cameras] = []
         """Cameras that will be trained next, as far as known: [1] each, on the CPU. Set it before
         each training step."""

@@ -14,7 +14,7 @@ from PIL import Image
 from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.seeding import seed_rows
-from gsscale_nerfstudio.store import RowLayout
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from tests.runs import edit_json, make_config, tiny_scene, train
 
 INTRINSICS = ("w", "h", "fl_x", "fl_y", "cx", "cy")
@@ -114,26 +114,31 @@ def points_of(n: int, broken: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return xyz, torch.randint(0, 255, (n, 3), dtype=torch.uint8)
 
 
+def seeded(config, points: tuple[torch.Tensor, torch.Tensor]) -> HostStore:
+    store = HostStore(RowLayout(config.sh_degree))
+    seed_rows(store, config, points)
+    return store
+
+
 def test_points_that_are_not_finite_are_left_out(scene, tmp_path, capsys):
     config = make_config(scene, tmp_path).pipeline.model
-    seeds = seed_rows(config, RowLayout(3), points_of(50, broken=7))
-    assert len(seeds["means"]) == 43
-    assert all(value.isfinite().all() for value in seeds.values())
+    store = seeded(config, points_of(50, broken=7))
+    assert len(store) == 43
+    assert all(store.column(name).isfinite().all() for name in GROUPS)
     assert "7 of 50 points" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_too_few_points_start_at_random(n, scene, tmp_path, capsys):
     config = make_config(scene, tmp_path).pipeline.model
-    seeds = seed_rows(config, RowLayout(3), points_of(n))
-    assert len(seeds["means"]) == config.num_random
+    assert len(seeded(config, points_of(n))) == config.num_random
     assert f"{n} usable points" in " ".join(capsys.readouterr().out.split())
 
 
 def test_duplicate_points_have_a_size(scene, tmp_path):
     config = make_config(scene, tmp_path).pipeline.model
-    seeds = seed_rows(config, RowLayout(3), (torch.ones(10, 3), torch.zeros(10, 3)))
-    assert seeds["scales"].isfinite().all()
+    store = seeded(config, (torch.ones(10, 3), torch.zeros(10, 3)))
+    assert store.column("scales").isfinite().all()
 
 
 @pytest.mark.parametrize(
