@@ -1,4 +1,4 @@
-"""``gsscale-export`` writes what ``ns-export gaussian-splat`` writes."""
+"""``gsscale-export`` writes the PLY file that ``ns-export gaussian-splat`` writes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from nerfstudio.models.splatfacto import SplatfactoModel
 
-from gsscale_nerfstudio import export
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.export import Export, cli, gaussians, ply, write
+from tests.export.models import trained
 
 plyfile = pytest.importorskip("plyfile")
 exporter = pytest.importorskip("nerfstudio.scripts.exporter")  # needs open3d
@@ -23,27 +23,6 @@ BOX = {
 }
 
 
-def trained(n: int, sh_degree: int) -> SplatfactoModel:
-    """A splatfacto with random Gaussians, without what training needs."""
-    model = SplatfactoModel.__new__(SplatfactoModel)
-    torch.nn.Module.__init__(model)
-    generator = torch.Generator().manual_seed(4)
-    shapes = {
-        "means": (3,),
-        "scales": (3,),
-        "quats": (4,),
-        "features_dc": (3,),
-        "features_rest": ((sh_degree + 1) ** 2 - 1, 3),
-        "opacities": (1,),
-    }
-    model.gauss_params = torch.nn.ParameterDict(
-        {name: torch.randn(n, *shape, generator=generator) for name, shape in shapes.items()}
-    )
-    model.gauss_params["opacities"].data *= 4  # some are too faint to be drawn
-    model.config = SimpleNamespace(sh_degree=sh_degree)
-    return model
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch):
     """Make both exporters load a model of ours."""
@@ -53,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
             return None, SimpleNamespace(model=model), None, None
 
         monkeypatch.setattr(exporter, "eval_setup", setup)
-        monkeypatch.setattr(export, "eval_setup", setup)
+        monkeypatch.setattr(cli, "eval_setup", setup)
 
     return use
 
@@ -62,12 +41,12 @@ def run(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("color", "theirs"), [("sh", "sh_coeffs"), ("rgb", "rgb")])
 @pytest.mark.parametrize("sh_degree", [0, 3])
 def test_the_file_is_that_of_ns_export(run, tmp_path, monkeypatch, sh_degree, color, theirs, box):
-    monkeypatch.setattr(export, "_PIECE", 256)  # torch rounds alike in whole vectors
+    monkeypatch.setattr(gaussians, "_PIECE", 256)  # torch rounds alike in whole vectors
     run(trained(1000, sh_degree))
     exporter.ExportGaussianSplat(
         load_config=tmp_path, output_dir=tmp_path, ply_color_mode=theirs, **box
     ).main()
-    export.Export(tmp_path, output=tmp_path / "deep" / "ours.ply", color=color, **box).main()
+    Export(tmp_path, output=tmp_path / "deep" / "ours.ply", color=color, **box).main()
     expected, written = tmp_path / "splat.ply", tmp_path / "deep" / "ours.ply"
     assert written.read_bytes() == expected.read_bytes()
     assert [path.name for path in written.parent.iterdir()] == ["ours.ply"]
@@ -77,10 +56,10 @@ def test_the_file_is_that_of_ns_export(run, tmp_path, monkeypatch, sh_degree, co
 def test_what_is_not_finite_is_left_out(run, tmp_path):
     """Alone: ns-export then leaves out everything if it is a position."""
     model = trained(50, 1)
-    model.gauss_params["opacities"].data.fill_(1)
-    model.gauss_params["means"].data[3, 1] = float("nan")
-    model.gauss_params["features_rest"].data[7, 2, 0] = float("inf")
-    assert export.write_ply(model, tmp_path / "a.ply", "sh") == (48, 50)
+    model.gauss_params["opacities"].fill_(1)
+    model.gauss_params["means"][3, 1] = float("nan")
+    model.gauss_params["features_rest"][7, 2, 0] = float("inf")
+    assert write(model, tmp_path / "a.ply", "sh") == (48, 50)
     vertex = plyfile.PlyData.read(tmp_path / "a.ply")["vertex"]
     assert np.isfinite(vertex["y"]).all() and vertex.count == 48
 
@@ -88,15 +67,22 @@ def test_what_is_not_finite_is_left_out(run, tmp_path):
 def test_a_failure_leaves_the_old_file(run, tmp_path, monkeypatch):
     path = tmp_path / "a.ply"
     path.write_text("old")
-    monkeypatch.setattr(export, "_records", lambda *_: 1 / 0)
+    monkeypatch.setattr(ply, "_records", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export.write_ply(trained(50, 1), path, "sh")
+        write(trained(50, 1), path, "sh")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.ply"]
 
 
 def test_wrong_input_is_told(run, tmp_path: Path):
     with pytest.raises(GSScaleError, match="--obb-scale"):
-        export.Export(tmp_path, obb_center=(0, 0, 0)).main()
+        Export(tmp_path, obb_center=(0, 0, 0)).main()
     run(torch.nn.Linear(1, 1))
     with pytest.raises(GSScaleError, match="no run of gsscale or splatfacto"):
-        export.Export(tmp_path).main()
+        Export(tmp_path).main()
+    run(trained(50, 1))
+    with pytest.raises(GSScaleError, match=r"end in \.ply or \.spz"):
+        Export(tmp_path, output=tmp_path / "splat.txt").main()
+    (tmp_path / "folder.ply").mkdir()
+    with pytest.raises(GSScaleError, match=r"folder\.ply.*another --output"):
+        Export(tmp_path, output=tmp_path / "folder.ply").main()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.ply"]

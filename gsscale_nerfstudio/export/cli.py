@@ -1,0 +1,106 @@
+"""``gsscale-export``: trained Gaussians as a file, at the speed of the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.models.splatfacto import SplatfactoModel
+from nerfstudio.utils.eval_utils import eval_setup
+from rich.progress import Progress
+
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors
+from gsscale_nerfstudio.export.files import whole_file
+from gsscale_nerfstudio.export.gaussians import Gaussians
+from gsscale_nerfstudio.export.ply import write_ply
+from gsscale_nerfstudio.export.spz import write_spz
+
+_WRITERS = {".ply": write_ply, ".spz": write_spz}
+
+
+@dataclass
+class Export:
+    """Write the Gaussians of a gsscale or splatfacto run as a file that splat viewers read."""
+
+    load_config: Path
+    """config.yml of the run."""
+    output: Path = Path("splat.ply")
+    """The file to write; its name says in which format. NAME.ply: all that there is, as ns-export
+    writes it. NAME.spz: Niantic's compressed format, a fifth of the size or less."""
+    color: Literal["sh", "rgb"] = "sh"
+    """sh: spherical harmonics. rgb: one colour per Gaussian (.ply: as red, green and blue)."""
+    obb_center: tuple[float, float, float] | None = None
+    """Centre of a box; Gaussians outside of it are left out. Needs the other two as well."""
+    obb_rotation: tuple[float, float, float] | None = None
+    """Its roll, pitch and yaw, in radians."""
+    obb_scale: tuple[float, float, float] | None = None
+    """Its edges' lengths."""
+
+    def main(self) -> None:
+        """Load the run and write the file.
+
+        Raises:
+            GSScaleError: the file's name is of no known format or it could not be written, the
+                box is incomplete, or the run is of another kind.
+        """
+        box = self.box()
+        _check_name(self.output)
+        _, pipeline, _, _ = eval_setup(self.load_config, test_mode="inference")
+        if not isinstance(pipeline.model, SplatfactoModel):
+            raise GSScaleError(f"{self.load_config} is no run of gsscale or splatfacto")
+        written, of = write(pipeline.model, self.output, self.color, box)
+        print(f"{self.output}: {written:,} of {of:,} Gaussians")
+
+    def box(self) -> OrientedBox | None:
+        """The crop box, if there is one."""
+        parts = (self.obb_center, self.obb_rotation, self.obb_scale)
+        if all(part is None for part in parts):
+            return None
+        if any(part is None for part in parts):
+            raise GSScaleError(
+                "a box needs all of --obb-center, --obb-rotation and --obb-scale; give the missing "
+                "ones, or none"
+            )
+        return OrientedBox.from_params(*parts)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def write(
+    model: SplatfactoModel, path: Path, color: Literal["sh", "rgb"], box: OrientedBox | None = None
+) -> tuple[int, int]:
+    """Write a model's Gaussians in the format that the file's name ends in.
+
+    Left out are those outside of the box, those that gsplat would not draw, and those with a value
+    that is not finite. Memory does not grow with the scene, but for a byte per Gaussian.
+
+    Returns:
+        How many were written, and how many there are.
+
+    Raises:
+        GSScaleError: the name is of no known format, or the file could not be written.
+    """
+    _check_name(path)
+    gaussians = Gaussians(model, box)
+    with whole_file(path) as file, Progress(transient=True) as progress:
+        bar = progress.add_task(f"writing {path.name}", total=1.0)
+        for share in _WRITERS[path.suffix.lower()](file, gaussians, color):
+            progress.update(bar, completed=share)
+    return gaussians.count, gaussians.n
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix.lower() not in _WRITERS:
+        raise GSScaleError(
+            f"{path.name} names no format that can be written; let --output end in "
+            f"{' or '.join(_WRITERS)}"
+        )
+
+
+def entrypoint() -> None:
+    """What ``gsscale-export`` runs."""
+    with readable_errors():
+        tyro.cli(Export, description=__doc__).main()
