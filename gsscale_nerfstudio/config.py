@@ -56,8 +56,6 @@ def _trainer(name: str, model: GSScaleModelConfig, grid_lr: float) -> GSScaleTra
             datamanager=GSScaleDatamanagerConfig(
                 dataparser=NerfstudioDataParserConfig(load_3D_points=True),
                 cache_images_type="uint8",
-                # Page-locked; the next image is uploaded while the present one is trained.
-                cache_images="cpu",
             ),
             model=model,
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait_in_stream
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.images import DiskImages, EvalImages, ImageDataset, Placement, place
 from gsscale_nerfstudio.view_order import reorder, seen_by
 
 
@@ -28,6 +30,19 @@ class GSScaleDatamanagerConfig(FullImageDatamanagerConfig):
     """Options of splatfacto's data manager, and the order of training images."""
 
     _target: type = field(default_factory=lambda: GSScaleDatamanager)
+    cache_images: Literal["auto", "gpu", "cpu", "disk"] = "auto"  # type: ignore[assignment]
+    """Where decoded images are kept. gpu: all on the device; cpu: all in page-locked host memory,
+    uploaded one ahead. disk: read in training, by threads that know the order of images; those that
+    image_memory_gb holds stay in memory, the others are read again in each epoch. auto: cpu if
+    image_memory_gb holds them all, training and evaluation, else disk."""
+    image_memory_gb: float | None = None
+    """With cache_images auto or disk: host memory, in 10^9 bytes, for decoded training images,
+    those read ahead included. The decoders' own needs, some three images a thread, come on top.
+    Default: a quarter of the memory that is available (in a container, within its limit) when the
+    first image is needed."""
+    max_thread_workers: int | None = None
+    """With cache_images auto or disk: number of threads that read images. Default: one for each
+    core that this process may use. (For gpu and cpu Nerfstudio reads with two threads.)"""
     view_lookahead: int = 1
     """Choose the next training image among the next N of Nerfstudio's random order: the one with
     the largest share of Gaussians that the present one sees, too. Each still comes once per epoch.
@@ -62,6 +77,16 @@ class GSScaleDatamanager(FullImageDatamanager):
                 "--pipeline.datamanager.view-lookahead is the number of images that the next one "
                 f"is chosen from: 1 (Nerfstudio's order) or more, not {config.view_lookahead}"
             )
+        if config.image_memory_gb is not None and config.cache_images in ("gpu", "cpu"):
+            raise GSScaleError(
+                "--pipeline.datamanager.image-memory-gb bounds nothing when all images are cached; "
+                f"leave it out, or --pipeline.datamanager.cache-images {config.cache_images}"
+            )
+        if config.max_thread_workers is not None and config.max_thread_workers < 1:
+            raise GSScaleError(
+                "--pipeline.datamanager.max-thread-workers is the number of threads that read "
+                f"images: 1 or more, not {config.max_thread_workers}"
+            )
         with _explained(config.data or config.dataparser.data):
             super().__init__(config, device=device, **kwargs)
         # Put in order like the later ones, when there are rows.
@@ -72,9 +97,11 @@ class GSScaleDatamanager(FullImageDatamanager):
             check_cameras(dataset)
         self._cameras: dict[int, Cameras] = {}
         self._uploads = Uploads(torch.device(device))
-        if torch.device(device).type == "cpu":
-            # "gpu" means the device; "cpu" would page-lock the images, which needs CUDA.
-            self.config.cache_images = "gpu"
+
+    @property
+    def dataset_type(self) -> type[InputDataset]:
+        """What reads the images."""
+        return ImageDataset
 
     def next_train(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """The next training image, on the device, and its camera, on the CPU.
@@ -82,11 +109,17 @@ class GSScaleDatamanager(FullImageDatamanager):
         Both in the order of :meth:`upcoming`; the camera is shared between calls and not to be
         changed.
         """
+        images: list[dict[str, Any]] | DiskImages = self.cached_train
+        on_disk = images if isinstance(images, DiskImages) else None
+        if on_disk is not None:
+            on_disk.announce(self.upcoming(on_disk.ahead))
         (index,) = self.upcoming(1)
         del self.train_unseen_cameras[0]
-        data = self._uploads.take(index, self.cached_train[index])
+        data = self._uploads.take(index, images[index])
         (following,) = self.upcoming(1)
-        self._uploads.start(following, self.cached_train[following])
+        # One that is still being read can be waited for during this step's work.
+        if on_disk is None or on_disk.ready(following):
+            self._uploads.start(following, images[following])
         return self.train_camera(index), data
 
     def upcoming(self, n: int) -> list[int]:
@@ -124,11 +157,28 @@ class GSScaleDatamanager(FullImageDatamanager):
             self._cameras[index] = camera
         return camera
 
-    def _load_images(
-        self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]
-    ) -> list[dict[str, Tensor]]:
+    @cached_property
+    def _placement(self) -> Placement:
+        """Where images are kept. Decided when the first is needed, not by ``ns-export``."""
+        config = self.config
+        datasets = (self.train_dataset, self.eval_dataset)
+        return place(
+            config.cache_images,
+            datasets,
+            torch.device(self.device),
+            config.cache_images_type,
+            config.image_memory_gb,
+            config.max_thread_workers,
+        )
+
+    def _load_images(  # type: ignore[override]
+        self, split: Literal["train", "eval"], cache_images_device: str
+    ) -> list[dict[str, Tensor]] | DiskImages:
         with _explained(self.config.data):
-            images = super()._load_images(split, cache_images_device)
+            placement = self._placement
+            if placement.where == "disk":
+                return self._on_disk(split, placement)
+            images = super()._load_images(split, placement.where)
         for data in images:
             # Undistortion cuts images out of larger ones. Their rows lie apart, and the copy to the
             # device would first gather them in ordinary memory, at every step.
@@ -137,6 +187,25 @@ class GSScaleDatamanager(FullImageDatamanager):
                 whole = data["image"].contiguous()
                 data["image"] = whole.pin_memory() if pinned else whole
         return images
+
+    def _on_disk(self, split: Literal["train", "eval"], placement: Placement) -> DiskImages:
+        image_type, (train, held_out) = self.config.cache_images_type, placement.sizes
+        if split == "eval":  # one image, and the next
+            budget = 2 * max(held_out, default=0)
+            return DiskImages.of(self.eval_dataset, image_type, held_out, budget, threads=2)
+        return DiskImages.of(
+            self.train_dataset,
+            image_type,
+            train,
+            placement.budget,
+            placement.threads,
+            page_lock=torch.device(self.device).type == "cuda",
+        )
+
+    @property
+    def fixed_indices_eval_dataloader(self) -> EvalImages:  # type: ignore[override]
+        """All held-out cameras and images, on the device one after the other."""
+        return EvalImages(self.eval_dataset.cameras, self.cached_eval, torch.device(self.device))
 
 
 class Uploads:

@@ -1,0 +1,18 @@
+"""Where training images come from: all in memory, or from the disk as they are needed."""
+
+from gsscale_nerfstudio.images.dataset import ImageDataset
+from gsscale_nerfstudio.images.disk import DiskImages
+from gsscale_nerfstudio.images.evaluation import EvalImages
+from gsscale_nerfstudio.images.lens import undistort_cameras, undistorted
+from gsscale_nerfstudio.images.placement import Placement, decoded_bytes, place
+
+__all__ = [
+    "DiskImages",
+    "EvalImages",
+    "ImageDataset",
+    "Placement",
+    "decoded_bytes",
+    "place",
+    "undistort_cameras",
+    "undistorted",
+]

@@ -1,0 +1,150 @@
+"""Whether images stay in memory, from the heads of their files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.images import DiskImages, decoded_bytes, place, placement
+from tests import runs
+from tests.images.test_same_as_nerfstudio import CASES, manager
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PIXELS = 64 * 48
+
+
+@pytest.fixture
+def scene(tmp_path):
+    return runs.tiny_scene(tmp_path / "scene", points=50)
+
+
+def ours(scene, **config):
+    return manager(GSScaleDatamanagerConfig, scene, **{"cache_images": "auto", **config})
+
+
+def said(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("case", ["straight lines", "masks", "transparent", "grey"])
+@pytest.mark.parametrize("image_type", ["uint8", "float32"])
+def test_decoded_bytes_are_those_of_the_tensors(case, image_type, scene):
+    runs.edit_json(scene, lambda content: CASES[case](scene, content))
+    runs.edit_json(scene, lambda content: content.update(k1=0, k2=0, p1=0, p2=0))
+    data = ours(scene, cache_images="cpu", cache_images_type=image_type)
+    expected = [
+        sum(value.nbytes for value in image.values() if isinstance(value, torch.Tensor))
+        for image in data.cached_train
+    ]
+    assert decoded_bytes(data.train_dataset, image_type, threads=2) == expected
+
+
+def test_a_quarter_of_the_available_memory_decides(scene, monkeypatch, capsys):
+    data = ours(scene)
+    datasets = data.train_dataset, data.eval_dataset
+    needed = 8 * PIXELS * 3
+    for available, where in ((4 * needed, "gpu"), (4 * needed - 4, "disk")):
+        monkeypatch.setattr(placement, "available_memory", lambda available=available: available)
+        assert place("auto", datasets, CPU, "uint8").where == where
+        assert ("read from the disk" in said(capsys)) == (where == "disk")
+    # With CUDA page-locked, each in the next power of two: 16 KiB for 9 KiB.
+    assert place("auto", datasets, CUDA, "uint8", 8 * 16384 / 1e9).where == "cpu"
+    assert place("auto", datasets, CUDA, "uint8", (8 * 16384 - 1) / 1e9).where == "disk"
+    for device in (CPU, CUDA):
+        assert place("gpu", datasets, device, "uint8").where == "gpu"
+    assert place("cpu", datasets, CUDA, "uint8").where == "cpu"
+
+
+def test_the_sentence_names_sizes_and_flags(scene, capsys):
+    data = ours(scene, image_memory_gb=5e-5, max_thread_workers=3)
+    data.next_train(0)
+    assert isinstance(data.cached_train, DiskImages)
+    assert isinstance(data.cached_eval, DiskImages)
+    text = said(capsys)
+    assert text.count("from the disk") == 1
+    for words in ("the 8 images", "3 threads", "image-memory-gb", "cache-images cpu keeps all"):
+        assert words in text
+
+
+def test_what_fits_is_kept_as_before(scene, capsys):
+    data = ours(scene)
+    data.next_train(0)
+    assert isinstance(data.cached_train, list)
+    assert "from the disk" not in said(capsys)
+
+
+def test_evaluation_reads_one_image_after_the_other(tmp_path, monkeypatch):
+    data = ours(runs.tiny_scene(tmp_path / "scene", images=20, points=50), cache_images="disk")
+    data.next_train(0)
+    asked = []
+    get_data = data.eval_dataset.get_data
+    monkeypatch.setattr(
+        data.eval_dataset, "get_data", lambda index, **_: asked.append(index) or get_data(index)
+    )
+    loader = data.fixed_indices_eval_dataloader
+    assert len(loader) == 5
+    assert asked == []
+    for _ in range(2):  # two evaluations: nothing is remembered from the first but the last images
+        for index, (camera, image) in enumerate(loader):
+            assert image["image_idx"] == index
+            assert max(asked) <= index + 1
+            assert camera.shape == (1,)
+    assert 8 <= len(asked) <= 10
+    for step in range(10):
+        data.next_eval_image(step)
+    assert len(asked) >= 16
+
+
+def test_an_image_of_another_size(scene):
+    data = ours(scene, cache_images="disk")
+    file = data.train_dataset.image_filenames[2]
+    Image.fromarray(np.zeros((48, 60, 3), np.uint8)).save(file)
+    with pytest.raises(GSScaleError, match=rf"{file}.*60 x 48.*64 x 48"):
+        data.next_train(0)
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_a_truncated_image_is_named_when_it_is_needed(ending, scene):
+    if ending == ".jpg":
+        runs.edit_json(scene, lambda content: CASES["JPEG"](scene, content))
+    data = ours(scene, cache_images="disk")
+    file = data.train_dataset.image_filenames[2]
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(GSScaleError, match=rf"the image {file} or its mask could not be read"):
+        for step in range(len(data.train_dataset)):
+            data.next_train(step)
+
+
+def test_a_budget_needs_a_mode_that_keeps_it(scene):
+    for mode in ("cpu", "gpu"):
+        with pytest.raises(GSScaleError, match="image-memory-gb"):
+            ours(scene, cache_images=mode, image_memory_gb=1.0)
+    with pytest.raises(GSScaleError, match="max-thread-workers"):
+        ours(scene, max_thread_workers=0)
+
+
+def test_training_ends_with_the_sentence(scene, tmp_path, capsys):
+    config = runs.make_config(scene, tmp_path / "output", steps=20)
+    config.pipeline.datamanager.cache_images = "disk"
+    for file in sorted((scene / "images").iterdir())[1:]:
+        file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(SystemExit) as stopped:
+        runs.train(config)
+    assert stopped.value.code == 1
+    assert "could not be read" in said(capsys)
+
+
+def test_training_from_the_disk(scene, tmp_path):
+    losses = []
+    for mode in ("cpu", "disk"):
+        config = runs.make_config(scene, tmp_path / mode, steps=8)
+        config.pipeline.datamanager.cache_images = mode
+        config.steps_per_eval_all_images = 4
+        torch.manual_seed(0)
+        trainer = runs.train(config)
+        losses.append(trainer.pipeline.model.means.detach().clone())
+    assert torch.equal(*losses)
