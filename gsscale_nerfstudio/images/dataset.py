@@ -61,10 +61,10 @@ def same_as_pillow() -> bool:
 
 
 def _is_plain_jpeg(file: Path) -> bool:
+    """Whether a file is a JPEG of three channels, and subsampled as those that were compared."""
     with Image.open(file) as header:
         return (
             isinstance(header, JpegImagePlugin.JpegImageFile)
-            and header.mode == "RGB"
             and JpegImagePlugin.get_sampling(header) in _SUBSAMPLINGS
         )
 

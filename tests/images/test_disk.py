@@ -65,18 +65,27 @@ def _shuffles():
     random.seed(1)
 
 
-def test_what_fits_is_read_once():
+@pytest.fixture(params=["ordinary", "page-locked"])
+def page_lock(request, monkeypatch):
+    """Without CUDA nothing can be page-locked, but all the rest of it can be done."""
+    if request.param == "page-locked" and not torch.cuda.is_available():
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kw: empty(*args, **kw))
+    return request.param == "page-locked"
+
+
+def test_what_fits_is_read_once(page_lock):
     shelf = Shelf([100] * 40)
-    images = DiskImages(shelf.read, shelf.sizes, budget=4000, threads=3)
+    images = DiskImages(shelf.read, shelf.sizes, budget=4000, threads=3, page_lock=page_lock)
     assert epochs(images, 4) == [40, 0, 0, 0]
     assert shelf.reads == 40
 
 
-def test_what_does_not_fit_is_read_in_every_epoch_within_the_budget():
+def test_what_does_not_fit_is_read_in_every_epoch_within_the_budget(page_lock):
     sizes = [random.randrange(50, 151) for _ in range(60)]
     shelf = Shelf(sizes)
     budget = sum(sizes) * 6 // 10
-    images = DiskImages(shelf.read, sizes, budget, threads=2)
+    images = DiskImages(shelf.read, sizes, budget, threads=2, page_lock=page_lock)
     reads = epochs(images, 6)
     assert images.ahead == 8
     # 60 % of the bytes, less those for 8 large images on their way, stay. An epoch's first ones
@@ -107,6 +116,19 @@ def test_images_are_there_before_they_are_asked_for():
     epochs(slow, 1)
     assert slow.waits > 10
     assert slow.waited > 0
+
+
+def test_page_locked_images_are_copies_and_only_those_wanted_next(page_lock):
+    shelf = Shelf([100] * 10)
+    images = DiskImages(shelf.read, shelf.sizes, budget=1000, threads=1, page_lock=page_lock)
+    images.announce([0, 1, 2, 3])
+    handed_out = [images[index]["image"] for index in range(4)]
+    images.announce([5, 6, 7, 8])
+    kept = [images[index]["image"] for index in range(4)]
+    for index, (one, other) in enumerate(zip(handed_out, kept, strict=True)):
+        assert torch.equal(one, other)
+        assert (one is not other) == (page_lock and index < 3)
+    assert images.reads == 8
 
 
 def test_an_image_that_was_not_announced():
@@ -142,13 +164,13 @@ def test_threads_end_with_the_images():
     assert shelf.bytes == 0
 
 
-def test_an_unreadable_image_raises_when_it_is_asked_for():
+def test_an_unreadable_image_raises_when_it_is_asked_for(page_lock):
     def read(index):
         if index == 3:
             raise GSScaleError("the image three.jpg could not be read")
         return {"image": torch.zeros(4)}
 
-    images = DiskImages(read, [4] * 6, budget=1000, threads=2)
+    images = DiskImages(read, [4] * 6, budget=1000, threads=2, page_lock=page_lock)
     images.announce([0, 3, 1])
     images[0]
     images[1]
