@@ -19,9 +19,8 @@ _SUBSAMPLINGS = (0, 1, 2)
 class ImageDataset(InputDataset):
     """Reads colour JPEGs with torchvision, pixel for pixel as Pillow does, the rest with Pillow.
 
-    Pillow decodes without Python's lock, but copies the pixels to numpy with it: some 4 ms for
-    each 3 megapixels, in which the training thread stands still. torchvision never holds it, and
-    saves the copy.
+    Pillow decodes without Python's lock, but copies the pixels to numpy with it, for milliseconds
+    in which the training thread stands still. torchvision never holds it, and saves the copy.
     """
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
