@@ -59,6 +59,28 @@ struct Block {
     uint32_t ahead = 0;     // views that are expected to need one
 };
 
+// Changes of blocks' residents by one thread, block by block: an atomic addition each, not one for
+// each row.
+struct Tally {
+    std::vector<Block> &blocks;
+    int64_t block = -1;
+    int32_t change = 0;
+
+    void add(int64_t its_block, int32_t by) {
+        if (its_block != block) flush(its_block);
+        change += by;
+    }
+    void flush(int64_t next) {
+        if (block >= 0) {
+#pragma omp atomic
+            blocks[block].residents += change;
+        }
+        block = next;
+        change = 0;
+    }
+    ~Tally() { flush(-1); }
+};
+
 // The rows that a view used, ascending.
 struct ViewRows {
     int32_t view;
@@ -213,8 +235,15 @@ class SlotTable {
         if (!fits(ids, n, protect_from)) return std::nullopt;
         for (std::vector<int32_t> *list : {&places_, &rows_in_, &slots_in_, &rows_out_})
             if ((int64_t)list->size() < n) list->resize(n);
-        while (!views_.empty() && views_.front().view < protect_from) views_.pop_front();
-        if (n > 0) views_.push_back({(int32_t)view, std::vector<int32_t>(ids, ids + n)});
+        // The memory of a list that is no longer needed serves for the new one: fresh pages cost more
+        // than the copy.
+        std::vector<int32_t> list;
+        while (!views_.empty() && views_.front().view < protect_from) {
+            list = std::move(views_.front().rows);
+            views_.pop_front();
+        }
+        list.assign(ids, ids + n);
+        if (n > 0) views_.push_back({(int32_t)view, std::move(list)});
         // The rows fit, and so do the lists: from here on the table changes.
         forget_expected(view);
         last_view_ = view;
@@ -223,22 +252,24 @@ class SlotTable {
         const int64_t newest =
             choose_slots(misses, protect_from, slots_in_.data(), rows_out_.data());
         Residence *table = table_.get();
-        const int threads = threads_for_ids(misses);
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t k = 0; k < misses; ++k) {
-            const int32_t in = rows_in_[k], slot = slots_in_[k], out = rows_out_[k];
-            if (out >= 0) {
-                table[out] = {0, -1};
-#pragma omp atomic
-                --block_of(out).residents;
+        const int parts = threads_for_ids(misses);
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+        for (int part = 0; part < parts; ++part) {
+            Tally come{blocks_}, gone{blocks_};
+            const int64_t end = part_start(misses, part + 1, parts);
+            for (int64_t k = part_start(misses, part, parts); k < end; ++k) {
+                const int32_t in = rows_in_[k], slot = slots_in_[k], out = rows_out_[k];
+                if (out >= 0) {
+                    table[out] = {0, -1};
+                    gone.add(out / kBlock, -1);
+                }
+                slots[places_[k]] = slot;
+                table[in].slot_plus_1 = slot + 1;
+                come.add(in / kBlock, 1);
+                moves[3 * k] = in;
+                moves[3 * k + 1] = slot;
+                moves[3 * k + 2] = out;
             }
-            slots[places_[k]] = slot;
-            table[in].slot_plus_1 = slot + 1;
-#pragma omp atomic
-            ++block_of(in).residents;
-            moves[3 * k] = in;
-            moves[3 * k + 1] = slot;
-            moves[3 * k + 2] = out;
         }
         return std::make_pair(misses, newest);
     }
