@@ -16,6 +16,14 @@ from gsscale_nerfstudio.errors import GSScaleError
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
+_SMALL = 1 << 20
+"""Bytes of a record up to which it is checked byte by byte: all but the rows of a large scene."""
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Nerfstudio's name of the checkpoint of a step."""
+    return folder / f"step-{step:09d}.ckpt"
+
 
 def allow_numpy_scalars() -> None:
     """Let ``torch.load`` read the numpy scalars in the checkpoints of Nerfstudio's schedulers.
@@ -55,7 +63,8 @@ def save(state: dict[str, Any], path: Path, scratch: Path) -> None:
     Raises:
         GSScaleError: the disk is full or not writable; older checkpoints are untouched.
     """
-    unfinished = scratch / f".{path.name}.{os.getpid()}.tmp"
+    # Always the same name: what a killed process has left there is overwritten.
+    unfinished = scratch / ".unfinished.ckpt.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
@@ -77,15 +86,52 @@ def save(state: dict[str, Any], path: Path, scratch: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; its tensors are mapped, and read from the disk as they are used.
+
+    So nothing is in memory twice, and moments that nobody uses are not read at all.
+
+    Raises:
+        GSScaleError: torch cannot make sense of the file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True)
+    except Exception as error:  # whatever torch and pickle make of damaged bytes
+        raise GSScaleError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); "
+            f"{_others(path)}"
+        ) from error
+
+
 def is_whole(path: Path) -> bool:
-    """Whether ``path`` is a complete checkpoint; a truncated file lacks the archive's end."""
-    return path.is_file() and zipfile.is_zipfile(path)
+    """Whether ``path`` is a complete checkpoint.
+
+    Found: a file that ends too early, wherever, and damage to the archive's directory, to the head
+    of any record and to any record of at most 1 MiB. Rows of a large scene are not looked through,
+    which would mean to read all of the file once more: no crash can damage them, since a file gets
+    its name when all of it is on the disk.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            for record in records:
+                with archive.open(record) as content:
+                    if record.file_size <= _SMALL:
+                        content.read()  # compares checksums
+            return any(record.filename.endswith("/data.pkl") for record in records)
+    except Exception:  # whatever zipfile makes of damaged bytes
+        return False
 
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in ``folder``, ascending."""
-    found = (_NAME.fullmatch(path.name) for path in sorted(folder.glob("step-*.ckpt")))
-    return [int(match[1]) for match in found if match and is_whole(folder / match[0])]
+    return [step for step, path in _named_in(folder) if is_whole(path)]
+
+
+def _named_in(folder: Path) -> list[tuple[int, Path]]:
+    """All checkpoints in ``folder`` with their steps, ascending, whole or not."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.ckpt"))
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def newest_step(folder: Path) -> int | None:
@@ -97,22 +143,22 @@ def newest_step(folder: Path) -> int | None:
     Raises:
         GSScaleError: there are checkpoints, and none is whole.
     """
-    names = [path.name for path in sorted(folder.glob("step-*.ckpt"))] if folder.is_dir() else []
-    if not names:
+    damaged: list[str] = []
+    for step, path in reversed(_named_in(folder)):
+        if is_whole(path):
+            if damaged:
+                CONSOLE.print(
+                    f"[bold yellow]gsscale:[/bold yellow] {', '.join(damaged)} in {folder} is "
+                    f"truncated or damaged; using step {step} instead"
+                )
+            return step
+        damaged.append(path.name)
+    if not damaged:
         return None
-    whole = steps_in(folder)
-    if not whole:
-        raise GSScaleError(
-            f"no checkpoint in {folder} can be read ({', '.join(names)}: truncated or damaged); "
-            "train again or point to another run"
-        )
-    damaged = [name for name in names if int(_NAME.fullmatch(name)[1]) > whole[-1]]  # type: ignore[index]
-    if damaged:
-        CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] {', '.join(damaged)} in {folder} is truncated or "
-            f"damaged; using step {whole[-1]} instead"
-        )
-    return whole[-1]
+    raise GSScaleError(
+        f"no checkpoint in {folder} can be read ({', '.join(damaged)}: truncated or damaged); "
+        "train again or point to another run"
+    )
 
 
 def require_whole(path: Path) -> None:
@@ -121,13 +167,14 @@ def require_whole(path: Path) -> None:
     Raises:
         GSScaleError: it is missing or damaged; names the steps that can be loaded instead.
     """
-    if is_whole(path):
-        return
-    state = "truncated or damaged" if path.exists() else "missing"
-    others = [step for step in steps_in(path.parent) if path.name != f"step-{step:09d}.ckpt"]
-    remedy = (
-        f"load another one with --load-step ({', '.join(map(str, others))})"
-        if others
-        else "there is no other whole checkpoint beside it"
-    )
-    raise GSScaleError(f"the checkpoint {path} is {state}; {remedy}")
+    if not is_whole(path):
+        state = "truncated or damaged" if path.exists() else "missing"
+        raise GSScaleError(f"the checkpoint {path} is {state}; {_others(path)}")
+
+
+def _others(path: Path) -> str:
+    """What to load instead of a checkpoint."""
+    others = [step for step in steps_in(path.parent) if path_of(path.parent, step) != path]
+    if not others:
+        return "there is no other whole checkpoint beside it"
+    return f"load another one with --load-step ({', '.join(map(str, others))})"

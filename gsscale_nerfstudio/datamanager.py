@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from nerfstudio.data.datamanagers.full_images_datamanager import (
     FullImageDatamanagerConfig,
 )
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
@@ -145,6 +146,48 @@ class GSScaleDatamanager(FullImageDatamanager):
             epoch = reorder(epoch, self._last_queued, sees, window)
         self._last_queued = epoch[-1]
         return epoch
+
+    def resume_state(self) -> dict[str, Any]:
+        """The order of images from here on, in plain values."""
+        state: dict[str, Any] = {
+            "sampling": self._sampling(),
+            "queue": list(self.train_unseen_cameras),
+            "first_epoch": list(self._first_epoch),
+            "last_queued": self._last_queued,
+            "eval_queue": list(self.eval_unseen_cameras),
+        }
+        # Whichever of these Nerfstudio's way of sampling has. The one without a generator of its
+        # own draws from numpy's.
+        if hasattr(self, "random_generator"):
+            state["generator"] = self.random_generator.getstate()
+        if hasattr(self, "train_unsampled_epoch_count"):
+            state["unsampled_epochs"] = self.train_unsampled_epoch_count.tolist()
+        return state
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with the order of :meth:`resume_state`, if it is one of the same images."""
+        if state["sampling"] != self._sampling():
+            CONSOLE.print(
+                "gsscale: the checkpoint's order of images is one of other images, or sampled in "
+                "another way; a new one begins."
+            )
+            return
+        self.train_unseen_cameras = list(state["queue"])
+        self._first_epoch = list(state["first_epoch"])
+        self._last_queued = state["last_queued"]
+        self.eval_unseen_cameras = list(state["eval_queue"])
+        if "generator" in state:
+            self.random_generator.setstate(state["generator"])
+        if "unsampled_epochs" in state:
+            self.train_unsampled_epoch_count = np.array(state["unsampled_epochs"])
+
+    def _sampling(self) -> dict[str, Any]:
+        """What an order of images is one of."""
+        return {
+            "strategy": self.config.train_cameras_sampling_strategy,
+            "train_images": len(self.train_dataset),
+            "eval_images": len(self.eval_dataset),
+        }
 
     def train_camera(self, index: int) -> Cameras:
         """One training camera, [1], on the CPU; its metadata has the image's ``cam_idx``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -26,7 +27,10 @@ class LazyLPIPS:
             try:
                 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-                self._metric = LearnedPerceptualImagePatchSimilarity(normalize=True)
+                # The network draws its first weights, and training is to draw what it would have
+                # drawn without an evaluation: a resumed run may evaluate earlier or later.
+                with torch.random.fork_rng(devices=[]):
+                    self._metric = LearnedPerceptualImagePatchSimilarity(normalize=True)
             except Exception as error:  # whatever a missing network or package raises
                 self._unavailable = True
                 CONSOLE.print(

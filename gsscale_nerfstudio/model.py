@@ -27,7 +27,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from gsscale_nerfstudio.cull import View, world_to_camera
 from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
 from gsscale_nerfstudio.densify.statistics import screen_statistics
-from gsscale_nerfstudio.engines import Engine, Viewpoint, WorkingSet, make_engine
+from gsscale_nerfstudio.engines import EditableEngine, Viewpoint, WorkingSet, make_engine
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
@@ -65,7 +65,7 @@ class GSScaleModel(SplatfactoModel):
     """
 
     config: GSScaleModelConfig
-    engine: Engine
+    engine: EditableEngine
 
     def populate_modules(self) -> None:
         config = self.config

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
@@ -33,18 +33,25 @@ class GSScalePipeline(VanillaPipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with readable_errors():
             super().__init__(*args, **kwargs)
-        self.datamanager.row_centres = self._row_centres
-
-    def _row_centres(self) -> np.ndarray:
-        """[n, 3] float32, centres of at most :data:`SAMPLES` rows, evenly spaced in the store."""
-        means = self.model.engine.store.column("means")
-        # Not settled, some perhaps being stepped by a worker or written back by the GPU: only the
-        # order of views depends on them.
-        return means[:: max(1, -(-len(means) // SAMPLES))].numpy().copy()
+        # Not settled, and with the resident engine some are newer on the GPU: only the order of
+        # views depends on them.
+        self.datamanager.row_centres = lambda: self.model.engine.row_centres(SAMPLES)
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         with readable_errors():
             super().load_pipeline(loaded_state, step)
+
+    def resume_state(self) -> dict[str, Any]:
+        """What exact resuming takes beside Nerfstudio's own entries of a checkpoint."""
+        return {
+            "engine": self.model.engine.resume_state(),
+            "datamanager": self.datamanager.resume_state(),
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`resume_state` gave, once all other entries are loaded."""
+        self.model.engine.resume(state["engine"])
+        self.datamanager.resume(state["datamanager"])
 
     def get_train_loss_dict(self, step: int) -> Any:
         camera, batch = self.datamanager.next_train(step)

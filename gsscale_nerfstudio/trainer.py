@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
+from nerfstudio.utils.rich_utils import CONSOLE
 
 from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.errors import readable_errors
+from gsscale_nerfstudio.evaluation import leave_moments_on_disk
+from gsscale_nerfstudio.pipeline import GSScalePipeline
+from gsscale_nerfstudio.random_state import random_state, restore_random_state
+
+RESUME = "gsscale"
+"""The entry of a checkpoint that exact resuming takes beside Nerfstudio's own."""
 
 
 @dataclass
@@ -26,7 +33,10 @@ class GSScaleTrainerConfig(TrainerConfig):
         This is the last moment to steer them past a damaged one.
         """
         folder = super().get_checkpoint_dir()
-        if self.load_step is None:
+        leave_moments_on_disk(GSScaleTrainerConfig)
+        # A resumed run's file of settings names the step of another run that it began with.
+        step = self.load_step
+        if step is None or not checkpoint.path_of(folder, step).exists():
             with readable_errors():
                 self.load_step = checkpoint.newest_step(folder)
         return folder
@@ -35,28 +45,76 @@ class GSScaleTrainerConfig(TrainerConfig):
 class GSScaleTrainer(Trainer):
     """What ``ns-train gsscale`` runs."""
 
+    config: GSScaleTrainerConfig
+    pipeline: GSScalePipeline
+
+    def __init__(self, config: GSScaleTrainerConfig, *args: Any, **kwargs: Any) -> None:
+        load_step = config.load_step
+        super().__init__(config, *args, **kwargs)
+        # It has asked for the checkpoint folder, to write there; what to load is another matter.
+        config.load_step = load_step
+        self._random_state: dict[str, Any] | None = None
+
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         with readable_errors():
             super().setup(test_mode)
 
     def train(self) -> None:
+        if self._random_state is not None:
+            # Not before: setting up draws, too.
+            restore_random_state(self._random_state, self.device)
+            self._random_state = None
         with readable_errors():
             super().train()
 
     def _load_checkpoint(self) -> None:
+        path = self._checkpoint_to_load()
+        if path is None:
+            super()._load_checkpoint()  # which says that there is none
+            return
+        state = checkpoint.load(path)
+        self._start_step = state["step"] + 1
+        self.pipeline.load_pipeline(state["pipeline"], state["step"])
+        self.optimizers.load_optimizers(state.get("optimizers", {}))
+        if self.config.load_scheduler:
+            self.optimizers.load_schedulers(state.get("schedulers", {}))
+        self.grad_scaler.load_state_dict(state.get("scalers", {}))
+        CONSOLE.print(f"Done loading Nerfstudio checkpoint from {path}")
+        resume = state.get(RESUME)
+        if resume is None:
+            self.pipeline.model.engine.sort()  # splatfacto's rows are in any order
+            CONSOLE.print(
+                "gsscale: the checkpoint is splatfacto's or of an earlier gsscale: Gaussians and "
+                "Adam's moments (where it has them) go on; densification statistics, the order of "
+                "images and random numbers begin anew.",
+                soft_wrap=True,
+            )
+        else:
+            self.pipeline.resume(resume["pipeline"])
+            self._random_state = resume["random"]
+
+    def _checkpoint_to_load(self) -> Path | None:
+        """The file that the settings name, None if they name none.
+
+        Raises:
+            GSScaleError: it is missing or damaged.
+        """
         config = self.config
         if config.load_dir is not None:
             if config.load_step is None:
                 config.load_step = checkpoint.newest_step(config.load_dir)
-            checkpoint.require_whole(config.load_dir / f"step-{config.load_step or 0:09d}.ckpt")
+            path = checkpoint.path_of(config.load_dir, config.load_step or 0)
         elif config.load_checkpoint is not None:
-            checkpoint.require_whole(config.load_checkpoint)
-        super()._load_checkpoint()
+            path = config.load_checkpoint
+        else:
+            return None
+        checkpoint.require_whole(path)
+        return path
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
         """Write ``step-NNNNNNNNN.ckpt``, in Nerfstudio's format, atomically."""
-        path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
+        path = checkpoint.path_of(self.checkpoint_dir, step)
         # Taken between steps, but Nerfstudio lets the viewer's thread render at that time.
         with self.train_lock:
             state = {
@@ -65,6 +123,10 @@ class GSScaleTrainer(Trainer):
                 "optimizers": {k: v.state_dict() for k, v in self.optimizers.optimizers.items()},
                 "schedulers": {k: v.state_dict() for k, v in self.optimizers.schedulers.items()},
                 "scalers": self.grad_scaler.state_dict(),
+                RESUME: {
+                    "pipeline": self.pipeline.resume_state(),
+                    "random": random_state(self.device),
+                },
             }
         checkpoint.save(state, path, scratch=self.base_dir)
         if self.config.save_only_latest_checkpoint:

@@ -8,7 +8,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,6 +205,28 @@ class Engine(ABC):
         self._settled = True
         self.rows_changed()
 
+    def resume_state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside parameters, moments and learning rates.
+
+        Afterwards this engine is where :meth:`resume` takes another one: all rows are settled, all
+        bounds are new, nothing is prepared or cached. A row that is brought in and has no gradient
+        ends a rounding away from one that is not, so both have to bring in the same rows.
+
+        Returns:
+            ``adam_step``: optimizer steps done; ``store``: see :meth:`HostStore.resume_state`.
+        """
+        self.rows_changed()
+        return {"adam_step": self.step_count, "store": self.store.resume_state()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`resume_state`; parameters and optimizers are loaded already.
+
+        Raises:
+            GSScaleError: the state is of other rows than the parameters.
+        """
+        self.store.resume(state["store"])
+        self.restart(state["adam_step"])
+
     # -- rows ------------------------------------------------------------------------------------
 
     def begin(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet:
@@ -276,6 +298,16 @@ class Engine(ABC):
         """Make sure that the worker is at rest; what it has prepared stays."""
         for announced in self._announced:
             announced.prepared.result()
+
+    def row_centres(self, most: int) -> np.ndarray:
+        """Means of at most ``most`` rows, evenly spaced in the store, settled or not.
+
+        Returns:
+            [n, 3] float32.
+        """
+        self._wait_for_worker()  # or it would be chance which of them it has stepped
+        means = self.store.column("means")
+        return means[:: max(1, -(-len(means) // most))].numpy().copy()
 
     def _finish_step(self) -> None:  # noqa: B027
         """Bring the store up to date with the last step, if some of it was put off.

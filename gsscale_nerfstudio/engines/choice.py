@@ -6,14 +6,14 @@ import os
 
 import torch
 
-from gsscale_nerfstudio.engines.base import Engine
 from gsscale_nerfstudio.engines.budget import Budget
+from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.resident import ResidentEngine
 from gsscale_nerfstudio.store import HostStore
 
 
-def make_engine(name: str, store: HostStore, vram_budget_gb: float | None) -> Engine:
+def make_engine(name: str, store: HostStore, vram_budget_gb: float | None) -> EditableEngine:
     """The engine of that name, on the CPU until it is moved.
 
     Args:

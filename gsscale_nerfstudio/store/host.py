@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store.edit import Placement, RowEdit, place
-from gsscale_nerfstudio.store.layout import GROUPS, RowLayout
+from gsscale_nerfstudio.store.layout import GROUPS, STATISTICS, RowLayout
 from gsscale_nerfstudio.store.memory import ReservedArray, available_memory, memory_limit
 from gsscale_nerfstudio.store.order import morton_order
 
@@ -94,6 +95,35 @@ class HostStore:
     def bookkeeping(self, name: str) -> Tensor:
         """Strided view [n] of one bookkeeping column."""
         return self.params[: self._n, self.layout.bookkeeping[name]]
+
+    # -- stopping and resuming -------------------------------------------------------------------
+
+    def resume_state(self) -> dict[str, Any]:
+        """What a checkpoint needs of the store beside the groups' columns.
+
+        Returns:
+            ``statistics``: a tensor [n] float32 for each of :data:`STATISTICS`, in the rows' order.
+            ``unsorted``: rows that are out of Morton order.
+        """
+        columns = {name: self.bookkeeping(name).clone() for name in STATISTICS}
+        return {"statistics": columns, "unsorted": self._unsorted}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`resume_state` gave; the groups' columns are loaded already.
+
+        Raises:
+            GSScaleError: the statistics are of another number of rows.
+        """
+        for name in STATISTICS:
+            column = state["statistics"][name]
+            if len(column) != self._n:
+                raise GSScaleError(
+                    f"the checkpoint has densification statistics of {len(column):,} Gaussians and "
+                    f"parameters of {self._n:,}; it was put together from two runs: load another "
+                    "one with --load-step"
+                )
+            self.bookkeeping(name).copy_(column)
+        self._unsorted = state["unsorted"]
 
     # -- growing and shrinking -------------------------------------------------------------------
 

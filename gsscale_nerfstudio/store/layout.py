@@ -13,6 +13,9 @@ GROUPS = ("means", "scales", "quats", "opacities", "features_dc", "features_rest
 BOOKKEEPING = ("stamp", "grad2d", "count", "max_radius", "spare")
 """One column each, behind the attributes; see :class:`RowLayout`."""
 
+STATISTICS = ("grad2d", "count", "max_radius")
+"""The bookkeeping columns that densification decides by."""
+
 _ALIGN = 16  # floats: rows start on cache lines and SIMD loops have no remainder
 
 

@@ -1,0 +1,51 @@
+"""Nerfstudio's commands on a checkpoint, without reading its optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.pipelines.base_pipeline import Pipeline
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from gsscale_nerfstudio import checkpoint
+from gsscale_nerfstudio.errors import readable_errors
+
+_Load = Callable[[Any, Pipeline], tuple[Path, int]]
+
+
+def leave_moments_on_disk(kind: type[TrainerConfig]) -> None:
+    """Let ``eval_setup`` map the checkpoints of such runs, where it would read all of the file.
+
+    Two thirds of a file are moments, which ``ns-eval``, ``ns-render``, ``ns-viewer`` and
+    ``ns-export`` have no use for: mapped, they are never read. Nerfstudio has no place to say so,
+    hence its loader is replaced for runs of this kind; for others it stays as it is.
+
+    Args:
+        kind: configurations whose checkpoints :func:`checkpoint.load` reads.
+    """
+    # Not at the top: eval_utils imports all plugins while it is being imported itself.
+    from nerfstudio.utils import eval_utils
+
+    if not hasattr(eval_utils.eval_load_checkpoint, "kind"):
+        original = eval_utils.eval_load_checkpoint
+        eval_utils.eval_load_checkpoint = _mapped(original, kind)  # type: ignore[assignment]
+
+
+def _mapped(original: _Load, kind: type[TrainerConfig]) -> _Load:
+    @wraps(original)
+    def eval_load_checkpoint(config: Any, pipeline: Pipeline) -> tuple[Path, int]:
+        if not isinstance(config, kind) or config.load_dir is None or config.load_step is None:
+            return original(config, pipeline)
+        path = checkpoint.path_of(config.load_dir, config.load_step)
+        with readable_errors():
+            state = checkpoint.load(path)
+        pipeline.load_pipeline(state["pipeline"], state["step"])
+        CONSOLE.print(f":white_check_mark: Done loading checkpoint from {path}")
+        return path, config.load_step
+
+    eval_load_checkpoint.kind = kind  # type: ignore[attr-defined]
+    return eval_load_checkpoint

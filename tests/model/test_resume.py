@@ -1,0 +1,119 @@
+"""Training that was stopped and resumed ends with the same bits as training that was not."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runs import make_config, tiny_scene, train
+
+STOP = 20
+"""Steps before and after the stop. 9 images are an epoch: it comes in the middle of the third."""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_scene(tmp_path_factory.mktemp("resume") / "scene", images=12)
+
+
+class DrawingLPIPS:
+    """Draws its weights when it is built, as the real one does; needs no download."""
+
+    def __init__(self, normalize: bool) -> None:
+        self.weight = torch.rand(())
+
+    def to(self, device: torch.device) -> DrawingLPIPS:
+        return self
+
+    def __call__(self, truth: torch.Tensor, render: torch.Tensor) -> torch.Tensor:
+        return self.weight
+
+
+@pytest.fixture(autouse=True)
+def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", DrawingLPIPS
+    )
+
+
+def busy_config(scene: Path, output: Path, steps: int, variant: str = "plain"):
+    """All that a training does, within 40 steps; between two refinements when it is stopped."""
+    config = make_config(
+        scene,
+        output,
+        steps=steps,
+        warmup_length=5,
+        refine_every=6,
+        reset_alpha_every=2,
+        sh_degree_interval=8,
+        cull_alpha_thresh=0.12,
+        densify_grad_thresh=0.002,
+        densify_size_thresh=0.1,
+        num_downscales=1,
+        resolution_schedule=25,
+        engine="resident" if variant == "resident" else "host",
+    )
+    config.steps_per_save = STOP - 1
+    config.steps_per_eval_image = 9
+    config.save_only_latest_checkpoint = False
+    if variant == "other modules":
+        config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+        config.pipeline.model.use_bilateral_grid = True
+    elif variant == "view lookahead":
+        config.pipeline.datamanager.view_lookahead = 4
+    elif variant == "farthest points":
+        config.pipeline.datamanager.train_cameras_sampling_strategy = "fps"
+    return config
+
+
+def seeded(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def last_checkpoint(trainer) -> dict[str, Any]:
+    return torch.load(trainer.checkpoint_dir / f"step-{2 * STOP - 1:09d}.ckpt", weights_only=True)
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Paths at which two nested states are not the same, bit for bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{where}: {a.keys() ^ b.keys()}"] if a.keys() != b.keys() else []
+        return found + [d for k in a if k in b for d in differences(a[k], b[k], f"{where}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for i, (x, y) in pairs for d in differences(x, y, f"{where}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.shape == b.shape and torch.equal(a, b) else [where]
+    return [] if a == b else [where]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["plain", "other modules", "view lookahead", "farthest points", "resident"],
+)
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
+    scene, tmp_path, variant, capsys
+):
+    seeded(1)
+    whole = train(busy_config(scene, tmp_path / "whole", 2 * STOP, variant))
+    printed = capsys.readouterr().out
+    grown = re.findall(r"(\d+) GSs duplicated, (\d+) GSs split", printed)
+    assert all(sum(map(int, column)) > 10 for column in zip(*grown, strict=True))
+    assert sum(map(int, re.findall(r"(\d+) GSs pruned", printed))) > 10
+
+    seeded(1)
+    stopped = train(busy_config(scene, tmp_path / "stopped", STOP, variant))
+    seeded(2)
+    config = busy_config(scene, tmp_path / "resumed", STOP, variant)
+    config.load_dir = stopped.checkpoint_dir
+    resumed = train(config)
+    assert resumed._start_step == STOP
+    assert differences(last_checkpoint(whole), last_checkpoint(resumed)) == []
