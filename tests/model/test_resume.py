@@ -11,15 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import make_config, tiny_scene, train
+from tests.model.test_bad_input import ends_with_a_sentence
+from tests.runs import edit_json, make_config, tiny_scene, train
 
-STOP = 20
-"""Steps before and after the stop. 9 images are an epoch: it comes in the middle of the third."""
+STOP = 14
+"""Steps before and after the stop. 9 images are an epoch: it comes in the middle of the second."""
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_scene(tmp_path_factory.mktemp("resume") / "scene", images=12)
+    """A scene of which each view sees a part."""
+    made = tiny_scene(tmp_path_factory.mktemp("resume") / "scene", images=12)
+
+    def narrow(transforms: dict[str, Any]) -> None:
+        transforms["fl_x"] *= 4
+        transforms["fl_y"] *= 4
+
+    edit_json(made, narrow)
+    return made
 
 
 class DrawingLPIPS:
@@ -36,14 +45,20 @@ class DrawingLPIPS:
 
 
 @pytest.fixture(autouse=True)
-def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def _others_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LPIPS does, and what is set up after the checkpoint was loaded may."""
     monkeypatch.setattr(
         "torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", DrawingLPIPS
     )
 
+    def set_up(*args: Any, **kwargs: Any) -> None:
+        random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+
+    monkeypatch.setattr("nerfstudio.utils.profiler.setup_profiler", set_up)
+
 
 def busy_config(scene: Path, output: Path, steps: int, variant: str = "plain"):
-    """All that a training does, within 40 steps; between two refinements when it is stopped."""
+    """All that a training does, within 28 steps; between two refinements when it is stopped."""
     config = make_config(
         scene,
         output,
@@ -51,12 +66,12 @@ def busy_config(scene: Path, output: Path, steps: int, variant: str = "plain"):
         warmup_length=5,
         refine_every=6,
         reset_alpha_every=2,
-        sh_degree_interval=8,
+        sh_degree_interval=6,
         cull_alpha_thresh=0.12,
-        densify_grad_thresh=0.002,
+        densify_grad_thresh=0.004,
         densify_size_thresh=0.1,
         num_downscales=1,
-        resolution_schedule=25,
+        resolution_schedule=17,
         engine="resident" if variant == "resident" else "host",
     )
     config.steps_per_save = STOP - 1
@@ -69,12 +84,13 @@ def busy_config(scene: Path, output: Path, steps: int, variant: str = "plain"):
         config.pipeline.datamanager.view_lookahead = 4
     elif variant == "farthest points":
         config.pipeline.datamanager.train_cameras_sampling_strategy = "fps"
+        config.pipeline.datamanager.fps_reset_every = 8  # of 9: one has to wait
     return config
 
 
 def seeded(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
@@ -117,3 +133,57 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     resumed = train(config)
     assert resumed._start_step == STOP
     assert differences(last_checkpoint(whole), last_checkpoint(resumed)) == []
+
+
+def test_a_save_leaves_the_engine_where_loading_starts_it(scene, tmp_path):
+    """Else a view would bring in other rows at the edge of what it may see."""
+    stopped = train(busy_config(scene, tmp_path / "stopped", STOP))
+    config = busy_config(scene, tmp_path / "resumed", STOP)
+    config.load_dir = stopped.checkpoint_dir
+    resumed = config.setup()
+    resumed.setup()
+    before, after = (trainer.pipeline.model.engine for trainer in (stopped, resumed))
+    n = len(after.store)
+    assert n == len(before.store) and before.step_count == after.step_count == STOP
+    for name in ("spheres", "params", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(before.store, name)[:n], getattr(after.store, name)[:n]), name
+    assert before.store.unsorted_share == after.store.unsorted_share
+    assert before.history.stride(1) == after.history.stride(1)
+    assert before._bounds_step == after._bounds_step == STOP
+    assert not before._announced
+
+
+def test_other_images_get_a_new_order(scene, tmp_path, capsys):
+    stopped = train(busy_config(scene, tmp_path / "stopped", 3))
+    config = busy_config(tiny_scene(tmp_path / "fewer", images=8), tmp_path / "resumed", 3)
+    config.load_dir = stopped.checkpoint_dir
+    resumed = train(config)
+    assert "order of images is one of other images" in " ".join(capsys.readouterr().out.split())
+    assert resumed.step == 5
+
+
+def test_statistics_of_another_run_are_refused(scene, tmp_path, capsys):
+    stopped = train(busy_config(scene, tmp_path / "stopped", 3))
+    path = stopped.checkpoint_dir / "step-000000002.ckpt"
+    state = torch.load(path)
+    statistics = state["gsscale"]["pipeline"]["engine"]["store"]["statistics"]
+    statistics["count"] = statistics["count"][:-1].clone()
+    torch.save(state, path)
+    config = busy_config(scene, tmp_path / "resumed", 3)
+    config.load_dir = stopped.checkpoint_dir
+    ends_with_a_sentence(config, capsys, "put together from two runs")
+
+
+def test_the_entry_holds_plain_values_only(scene, tmp_path):
+    """So that any torch and numpy reads it, also where only such values may be read."""
+    stopped = train(busy_config(scene, tmp_path / "stopped", 2, "farthest points"))
+    state = torch.load(stopped.checkpoint_dir / "step-000000001.ckpt")
+
+    def kinds(value: Any) -> set[type]:
+        inside = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list, tuple)):
+            return set().union(*map(kinds, inside), {type(value)})
+        return {type(value)}
+
+    plain = {dict, list, tuple, int, float, str, torch.Tensor, type(None)}
+    assert kinds(state["gsscale"]) <= plain

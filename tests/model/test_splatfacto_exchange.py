@@ -1,0 +1,124 @@
+"""Checkpoints go from splatfacto to gsscale and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from nerfstudio.configs.method_configs import method_configs
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.models import splatfacto
+from nerfstudio.models.splatfacto import SplatfactoModel
+
+from benchmarks import cpu_splatfacto
+from gsscale_nerfstudio.model import GSScaleModel
+from gsscale_nerfstudio.store import GROUPS
+from gsscale_nerfstudio.store.order import morton_order
+from tests.runs import make_config, tiny_scene, train
+
+
+class Network(torch.nn.Module):
+    """In LPIPS's place: splatfacto's checkpoints have its weights, and it would be downloaded."""
+
+    def __init__(self, normalize: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_scene(tmp_path_factory.mktemp("exchange") / "scene", points=120)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """splatfacto itself, with our rasterizer for gsplat's."""
+    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", Network)
+    monkeypatch.setattr(splatfacto, "rasterization", cpu_splatfacto.rasterization)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)
+    with torch._dynamo.config.patch(disable=True):  # compiling takes longer than a run
+        yield
+
+
+def splatfacto_config(scene: Path, output: Path, steps: int) -> TrainerConfig:
+    ours = make_config(scene, output, steps)
+    config = copy.deepcopy(method_configs["splatfacto"])
+    for name in ("data", "machine", "output_dir", "vis", "viewer", "max_num_iterations"):
+        setattr(config, name, getattr(ours, name))
+    config.pipeline.datamanager.data = scene
+    config.pipeline.datamanager.dataparser = ours.pipeline.datamanager.dataparser
+    config.pipeline.model.num_downscales = 0
+    config.set_timestamp()
+    return config
+
+
+def rows_of(pipeline: dict, optimizers: dict) -> torch.Tensor:
+    """[n, 3 * 59]: each Gaussian's parameters and moments."""
+    columns = [pipeline[f"_model.gauss_params.{name}"] for name in GROUPS]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        columns += [optimizers[name]["state"][0][moment] for name in GROUPS]
+    return torch.cat([column.detach().flatten(1) for column in columns], dim=1)
+
+
+def test_splatfactos_checkpoint_goes_on_in_gsscale(on_the_cpu, scene, tmp_path, capsys):
+    source = train(splatfacto_config(scene, tmp_path / "splatfacto", steps=4))
+    assert type(source.pipeline.model) is SplatfactoModel
+    state = torch.load(source.checkpoint_dir / "step-000000003.ckpt")
+    assert "_model.lpips.weight" in state["pipeline"]
+    expected = rows_of(state["pipeline"], state["optimizers"])
+
+    config = make_config(scene, tmp_path / "gsscale", steps=2)
+    config.load_dir = source.checkpoint_dir
+    trainer = config.setup()
+    trainer.setup()
+    assert "begin anew" in capsys.readouterr().out
+    engine = trainer.pipeline.model.engine
+    assert engine.step_count == 4 and trainer._start_step == 4
+    # The same rows, now in Morton order.
+    optimizers = {k: v.state_dict() for k, v in trainer.optimizers.optimizers.items()}
+    rows = rows_of(trainer.pipeline.state_dict(), optimizers)
+    assert sorted(rows.tolist()) == sorted(expected.tolist())
+    store = engine.store
+    order = morton_order(store.params, store.layout.columns["means"].start, len(store))
+    assert torch.equal(order, torch.arange(len(store), dtype=torch.int32))
+    trainer.train()
+    assert engine.step_count == 6
+    saved = torch.load(trainer.checkpoint_dir / "step-000000005.ckpt", weights_only=True)
+    assert saved["schedulers"]["means"]["last_epoch"] == 6
+
+
+def test_gsscales_checkpoint_goes_on_in_splatfacto(on_the_cpu, scene, tmp_path):
+    source = train(make_config(scene, tmp_path / "gsscale", steps=4))
+    assert isinstance(source.pipeline.model, GSScaleModel)
+    state = torch.load(source.checkpoint_dir / "step-000000003.ckpt")
+    config = splatfacto_config(scene, tmp_path / "splatfacto", steps=2)
+    config.load_dir = source.checkpoint_dir
+    trainer = config.setup()
+    assert type(trainer) is Trainer
+    trainer.setup()
+    assert trainer._start_step == 4
+    optimizers = {k: v.state_dict() for k, v in trainer.optimizers.optimizers.items()}
+    rows = rows_of(trainer.pipeline.state_dict(), optimizers)
+    assert torch.equal(rows, rows_of(state["pipeline"], state["optimizers"]))
+    assert optimizers["means"]["state"][0]["step"] == 4
+    trainer.train()
+
+
+def test_gaussians_alone_begin_with_fresh_moments(scene, tmp_path, capsys):
+    source = train(make_config(scene, tmp_path / "source", steps=3))
+    path = source.checkpoint_dir / "step-000000002.ckpt"
+    state = torch.load(path)
+    torch.save({name: state[name] for name in ("step", "pipeline")}, path)
+
+    config = make_config(scene, tmp_path / "resumed", steps=2)
+    config.load_checkpoint = path
+    trainer = config.setup()
+    trainer.setup()
+    store = trainer.pipeline.model.engine.store
+    assert "begin anew" in capsys.readouterr().out
+    assert not store.exp_avg[: len(store)].any() and not store.exp_avg_sq[: len(store)].any()
+    trainer.train()
+    assert (trainer.checkpoint_dir / "step-000000004.ckpt").exists()
