@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -27,12 +28,10 @@ def leave_moments_on_disk(kind: type[TrainerConfig]) -> None:
     Args:
         kind: configurations whose checkpoints :func:`checkpoint.load` reads.
     """
-    # Not at the top: eval_utils imports all plugins while it is being imported itself.
-    from nerfstudio.utils import eval_utils
-
-    if not hasattr(eval_utils.eval_load_checkpoint, "kind"):
-        original = eval_utils.eval_load_checkpoint
-        eval_utils.eval_load_checkpoint = _mapped(original, kind)  # type: ignore[assignment]
+    # Whoever is about to call it has imported it. We cannot, at the top: it imports all plugins.
+    eval_utils = sys.modules.get("nerfstudio.utils.eval_utils")
+    if eval_utils is not None and not hasattr(eval_utils.eval_load_checkpoint, "kind"):
+        eval_utils.eval_load_checkpoint = _mapped(eval_utils.eval_load_checkpoint, kind)  # type: ignore[attr-defined]
 
 
 def _mapped(original: _Load, kind: type[TrainerConfig]) -> _Load:

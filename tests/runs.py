@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
 from gsscale_nerfstudio.config import gsscale
@@ -52,3 +55,23 @@ def train(config: GSScaleTrainerConfig) -> GSScaleTrainer:
     trainer.setup()
     trainer.train()
     return trainer
+
+
+def seeded(seed: int) -> None:
+    """Seed all generators, as ns-train does it."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Paths at which two nested states are not the same, bit for bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{where}: {a.keys() ^ b.keys()}"] if a.keys() != b.keys() else []
+        return found + [d for k in a if k in b for d in differences(a[k], b[k], f"{where}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for i, (x, y) in pairs for d in differences(x, y, f"{where}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.shape == b.shape and torch.equal(a, b) else [where]
+    return [] if a == b else [where]

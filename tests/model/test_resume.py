@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.model.test_bad_input import ends_with_a_sentence
-from tests.runs import edit_json, make_config, tiny_scene, train
+from tests.runs import differences, edit_json, make_config, seeded, tiny_scene, train
 
 STOP = 14
 """Steps before and after the stop. 9 images are an epoch: it comes in the middle of the second."""
@@ -88,27 +88,8 @@ def busy_config(scene: Path, output: Path, steps: int, variant: str = "plain"):
     return config
 
 
-def seeded(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
-
-
 def last_checkpoint(trainer) -> dict[str, Any]:
     return torch.load(trainer.checkpoint_dir / f"step-{2 * STOP - 1:09d}.ckpt", weights_only=True)
-
-
-def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Paths at which two nested states are not the same, bit for bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = [f"{where}: {a.keys() ^ b.keys()}"] if a.keys() != b.keys() else []
-        return found + [d for k in a if k in b for d in differences(a[k], b[k], f"{where}/{k}")]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        pairs = enumerate(zip(a, b, strict=True))
-        return [d for i, (x, y) in pairs for d in differences(x, y, f"{where}/{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.shape == b.shape and torch.equal(a, b) else [where]
-    return [] if a == b else [where]
 
 
 @pytest.mark.parametrize(
