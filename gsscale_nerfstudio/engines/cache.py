@@ -12,10 +12,11 @@ from torch import Tensor
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.kernels import (
+    GATHER,
     LAUNCH,
     LINK_PROGRAMS,
     LINK_TILE,
-    TILE,
+    STEP,
     color_arguments,
     exchange_rows,
     gather_leaves,
@@ -180,7 +181,10 @@ class RowCache:
         self._free_slots = len(self) - table.in_use
 
     def grow(self, slots: int) -> None:
-        """Add slots, so that there are ``slots``; rows stay resident."""
+        """Add slots, so that there are ``slots``; rows stay resident.
+
+        Takes a third of the present slots' memory in addition while it copies.
+        """
         for name in ("params", "exp_avg", "exp_avg_sq"):  # one at a time, for the sake of memory
             grown = torch.empty(slots, self.store.layout.width, device=self.device)
             grown[: len(self)] = getattr(self, name)
@@ -225,7 +229,7 @@ class RowCache:
         attributes = empty_attributes(layout, n, viewpoint, training)
         if n > 0:
             with LAUNCH:
-                gather_leaves[(triton.cdiv(n, TILE),)](
+                gather_leaves[(triton.cdiv(n, GATHER.rows),)](
                     *self._arrays,
                     *self._host_arrays,
                     slots,
@@ -237,7 +241,7 @@ class RowCache:
                     SLOPES=attributes["slopes"].numel() > 0,
                     STAMP=layout.bookkeeping["stamp"],
                     **tables.skipped_steps(),
-                    **tile_of(layout),
+                    **tile_of(layout, GATHER),
                 )
         return attributes
 
@@ -264,7 +268,7 @@ class RowCache:
         statistics = working.statistics() if working.statistics is not None else None
         norms, seen, radii = statistics if statistics is not None else (spheres,) * 3
         with LAUNCH:
-            settle_and_step_rows[(triton.cdiv(n, TILE),)](
+            settle_and_step_rows[(triton.cdiv(n, STEP.rows),)](
                 *self._arrays,
                 slots,
                 spheres,
@@ -284,7 +288,7 @@ class RowCache:
                 MAX_RADIUS=columns["max_radius"],
                 **tables.skipped_steps(),
                 **tables.adam_step(lrs),
-                **tile_of(layout),
+                **tile_of(layout, STEP),
             )
         return spheres
 

@@ -50,7 +50,7 @@ def unpack(
     from gsscale_nerfstudio.engines import kernels, staging_kernels
 
     with kernels.LAUNCH:
-        staging_kernels.unpack_rows[(-(-n // kernels.TILE),)](
+        staging_kernels.unpack_rows[(-(-n // kernels.PACK.rows),)](
             rows,
             rows if positions is None else positions,
             **attributes,
@@ -59,7 +59,7 @@ def unpack(
             total=len(attributes["means"]),
             SCATTER=positions is not None,
             SLOPES=attributes["slopes"].numel() > 0,
-            **kernels.tile_of(layout),
+            **kernels.tile_of(layout, kernels.PACK),
         )
 
 
@@ -95,7 +95,7 @@ def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
 
     norms, seen, radii = statistics if statistics is not None else (rows,) * 3
     with kernels.LAUNCH:
-        staging_kernels.pack_gradients[(-(-n // kernels.TILE),)](
+        staging_kernels.pack_gradients[(-(-n // kernels.PACK.rows),)](
             rows,
             *grads.values(),
             of_colors,
@@ -109,5 +109,5 @@ def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
             GRAD2D=columns["grad2d"],
             COUNT=columns["count"],
             MAX_RADIUS=columns["max_radius"],
-            **kernels.tile_of(layout),
+            **kernels.tile_of(layout, kernels.PACK),
         )

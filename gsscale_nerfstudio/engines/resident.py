@@ -243,19 +243,23 @@ class ResidentEngine(HostEngine):
         have = len(self._cache) if self._cache is not None else 0
         rows = len(self.store)
         self._unfit = False
+        if self._cache is not None:
+            self._sizing.observe(have)
         limit = self._sizing.limit(have)
         wanted = min(limit, rows + rows // 8)
+        scarce = limit < 2 * wanted
+        if scarce:
+            wanted = limit  # at once: there will be no room for a copy that is larger
         # A little over is let be, and a little under: a new cache costs more.
         if self._cache is not None and have <= 1.03 * limit:
-            if have < min(rows, 0.97 * wanted):
+            if have >= min(rows, (0.85 if scarce else 0.97) * wanted):
+                return
+            if not scarce:
                 self._synchronize()  # rows may be on their way into the arrays that are replaced
                 self._cache.grow(wanted)
-                if limit < 2 * wanted:
-                    self._release_memory()
-                else:  # there is plenty, and giving it back takes time
-                    self._synchronize()
+                self._synchronize()
                 self._depth = self._sizing.views_ahead(wanted, rows)
-            return
+                return
         if self._cache is not None:
             self._cache.write_back(self._rows_done)
             self._drop_cache()
@@ -379,8 +383,6 @@ class ResidentEngine(HostEngine):
 
     def _fit_later(self) -> None:
         """Fit the cache before the next view, when the present one's tensors are gone."""
-        assert self._cache is not None
-        self._sizing.observe(len(self._cache))
         self._unfit = True
 
     # -- densification ---------------------------------------------------------------------------

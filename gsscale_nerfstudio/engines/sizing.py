@@ -76,7 +76,10 @@ class CacheSizing:
         return self._budget.cache_rows(self._device, self.row_bytes, int(needed), cached_rows)
 
     def observe(self, cached_rows: int) -> None:
-        """Learn what a row of a view needs: it depends on how many tiles of the image it covers."""
+        """Learn what a row of a view needs: it depends on how many tiles of the image it covers.
+
+        Called between views, when none of their tensors is left.
+        """
         rows, pixels = self._largest_since
         if self._device.type == "cuda" and rows > 0:
             # Memory that was needed once stays reserved, until it is given back.

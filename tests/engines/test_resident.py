@@ -359,21 +359,23 @@ def test_a_cache_follows_the_room_that_there_is():
 
     def change(step: int) -> None:
         caches.append((engine._cache, len(engine._cache), engine._cache.table.in_use))
-        room = {5: 1.98, 10: 1.4, 15: 1.41, 20: 1.9}.get(step, 0)
-        if room:
-            engine.budget.rows = int(room * view)
+        rooms = {5: 1.98 * view, 10: 1.4 * view, 15: 1.6 * view, 20: 1.9 * view, 25: 3 * ROWS}
+        if step in rooms:
+            engine.budget.rows = int(rooms[step])
             engine.rest()
             engine._fit_later()
 
-    seen = drive(engine, 25, after_step=change)
-    first, smaller, larger = caches[5], caches[11], caches[21]
+    seen = drive(engine, 30, after_step=change)
+    first, smaller, larger, plenty = caches[5], caches[11], caches[21], caches[26]
     assert caches[9][:2] == first[:2] and caches[4][2] > view
     assert smaller[0] is not first[0] and smaller[1] == int(1.4 * view)
     assert caches[19][:2] == smaller[:2]
-    assert larger[0] is smaller[0] and larger[1] == int(1.9 * view)
-    assert larger[2] >= caches[20][2]  # rows stay when there is more room
+    # With no room for the copy that growing takes, it is a new cache.
+    assert larger[0] is not smaller[0] and larger[1] == int(1.9 * view)
+    assert plenty[0] is larger[0] and plenty[1] == ROWS + ROWS // 8
+    assert plenty[2] >= caches[25][2]  # rows stay
     engine.settle()
-    errors = largest_errors(engine.store, dense(before, seen, 25))
+    errors = largest_errors(engine.store, dense(before, seen, 30))
     assert max(errors.values()) < 1e-5, errors
 
 
