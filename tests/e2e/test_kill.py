@@ -65,9 +65,13 @@ def log_of(output: Path, what: str) -> list[int]:
 def test_killed_at_random_moments(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # set for tests of kernels; users run without them
     scene = tiny_scene(tmp_path / "scene")
+    # The server of processes must not import the package from the source tree, where it has no
+    # compiled module; its processes must find these tests, and not somebody else's.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     # Processes that start with everything imported, or most of the time would go into that.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gsscale_nerfstudio.config", "tests.runs", "open3d"])
+    context.set_forkserver_preload(["gsscale_nerfstudio.config", "open3d"])
     folders = {}
     for name in ("killed", "left alone"):
         (tmp_path / name).mkdir()

@@ -198,14 +198,15 @@ def script(text):
     return [sys.executable, "-c", SCRIPT + text]
 
 
-def test_the_interpreter_ends_while_images_are_read():
-    done = subprocess.run(script("raise SystemExit(7)"), timeout=60, check=False)
+def test_the_interpreter_ends_while_images_are_read(tmp_path):
+    # Not from the source tree: `python -c` would import the package there, which is not compiled.
+    done = subprocess.run(script("raise SystemExit(7)"), timeout=60, check=False, cwd=tmp_path)
     assert done.returncode == 7
 
 
-def test_an_interrupt_ends_the_wait_for_an_image():
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(script("[images[i] for i in range(40)]"), stdout=pipe, stderr=pipe)
+def test_an_interrupt_ends_the_wait_for_an_image(tmp_path):
+    pipe, code = subprocess.PIPE, script("[images[i] for i in range(40)]")
+    child = subprocess.Popen(code, stdout=pipe, stderr=pipe, cwd=tmp_path)
     assert child.stdout is not None
     child.stdout.readline()
     child.send_signal(signal.SIGINT)
