@@ -27,9 +27,17 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from gsscale_nerfstudio.cull import View, world_to_camera
 from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
 from gsscale_nerfstudio.densify.statistics import screen_statistics
-from gsscale_nerfstudio.engines import EditableEngine, Viewpoint, WorkingSet, make_engine
+from gsscale_nerfstudio.engines import (
+    HostEngine,
+    Part,
+    ViewInParts,
+    Viewpoint,
+    WorkingSet,
+    make_engine,
+)
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
+from gsscale_nerfstudio.parts import Picture, draw_in_parts, draw_windows
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
 from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
@@ -65,7 +73,7 @@ class GSScaleModel(SplatfactoModel):
     """
 
     config: GSScaleModelConfig
-    engine: EditableEngine
+    engine: HostEngine
 
     def populate_modules(self) -> None:
         config = self.config
@@ -77,6 +85,7 @@ class GSScaleModel(SplatfactoModel):
         each training step."""
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
+        self._penalty_in_parts: Tensor | None = None
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         self.gauss_params = GaussParams(  # type: ignore[assignment]
             store,
@@ -190,15 +199,11 @@ class GSScaleModel(SplatfactoModel):
             view, viewmat = self._training_view(camera)
             working = self.engine.begin(view, self._viewpoint(view, viewmat))
             self._announce_upcoming()
+            rendering = self._draw_to_train(working, view, viewmat)
         else:
             view = View.from_camera(camera)
-            viewmat = view.on(self.device).viewmat
-            working = self.engine.fetch(view, self._viewpoint(view, viewmat))
+            rendering = self._draw_to_show(view)
         self.last_size = (view.height, view.width)
-        depth = self.config.output_depth_during_training or not self.training
-        rendering = self.draw(working, view, viewmat, depth)
-        if self.training and self.step < self.strategy.refine_stop_iter:
-            working.statistics = lambda: screen_statistics(rendering, view)
 
         background = self._get_background_color()
         rgb = torch.clamp(rendering.rgb + (1 - rendering.alpha) * background, 0.0, 1.0)
@@ -220,6 +225,51 @@ class GSScaleModel(SplatfactoModel):
             "accumulation": rendering.alpha,
             "background": background,
         }
+
+    def _draw_to_train(
+        self, working: WorkingSet | ViewInParts, view: View, viewmat: Tensor
+    ) -> Rendering | Picture:
+        """Draw a begun view, and have densification's statistics of it taken while it grows."""
+        with_statistics = self.step < self.strategy.refine_stop_iter
+        self._penalty_in_parts = None
+        if isinstance(working, ViewInParts):
+            picture = draw_in_parts(working, view, viewmat, self, with_statistics)
+            self._penalty_in_parts = picture.penalty
+            return picture
+        rendering = self.draw(working, view, viewmat)
+        if with_statistics:
+            working.statistics = lambda: screen_statistics(
+                rendering.means2d_grad(), rendering.radii, view
+            )
+        return rendering
+
+    def _draw_to_show(self, view: View) -> Rendering | Picture:
+        viewmat = view.on(self.device).viewmat
+
+        def draw(part: View) -> Rendering:
+            working = self.engine.fetch(part, self._viewpoint(part, viewmat))
+            return self.draw(working, part, viewmat)
+
+        windows = self.engine.windows(view)
+        if len(windows) == 1:
+            return draw(view)
+        return draw_windows(windows, (view.width, view.height), draw)
+
+    def draw_part(
+        self, part: Part, viewmat: Tensor, training: bool
+    ) -> tuple[WorkingSet, Rendering]:
+        """Bring the rows of a part of the view that is being trained, and draw its window."""
+        whole = self.engine.current
+        assert isinstance(whole, ViewInParts)
+        viewpoint = self._viewpoint(part.view, viewmat)
+        working = self.engine.bring_part(whole, part, viewpoint, training)
+        return working, self.draw(working, part.view, viewmat)
+
+    def take_part(self, part: Part, working: WorkingSet) -> None:
+        """Add a part's gradients to the view's."""
+        whole = self.engine.current
+        assert isinstance(whole, ViewInParts)
+        self.engine.take_part(whole, part, working)
 
     def _training_view(self, camera: Cameras) -> tuple[View, Tensor]:
         """The view of a training camera, and its pose with the camera optimizer's gradient."""
@@ -263,14 +313,13 @@ class GSScaleModel(SplatfactoModel):
         ):
             self.engine.announce([self._fixed_view(camera, self.step + 1) for camera in cameras])
 
-    def draw(self, working: WorkingSet, view: View, viewmat: Tensor, depth: bool) -> Rendering:
+    def draw(self, working: WorkingSet, view: View, viewmat: Tensor) -> Rendering:
         """Activate a working set's attributes and rasterize them, cropped outside of training.
 
         Args:
             working: rows on the device.
             view: camera; its pose is taken from ``viewmat``, which may carry a gradient.
             viewmat: [4, 4] world to camera, OpenCV axes.
-            depth: whether to render depth, too.
         """
         leaves, colors = working.leaves, working.colors.values
         if self.crop_box is not None and not self.training:
@@ -289,11 +338,12 @@ class GSScaleModel(SplatfactoModel):
             view.on(self.device).K,
             view.width,
             view.height,
-            depth=depth,
+            depth=self.config.output_depth_during_training or not self.training,
             absgrad=self.strategy.absgrad and self.training,
             antialiased=self.config.rasterize_mode == "antialiased",
             near=view.near,
             far=view.far,
+            window=view.window,
         )
 
     # -- losses and metrics ----------------------------------------------------------------------
@@ -332,9 +382,17 @@ class GSScaleModel(SplatfactoModel):
         outside of the view are left alone.
         """
         working = self.engine.current
-        if not (self.config.use_scale_regularization and self.step % 10 == 0 and working):
+        if self._penalty_in_parts is not None:
+            return self._penalty_in_parts
+        if not isinstance(working, WorkingSet):
             return torch.zeros((), device=self.device)
-        scales = torch.exp(working.leaves["scales"])
+        return self.penalty(working.leaves["scales"])
+
+    def penalty(self, scales: Tensor) -> Tensor:
+        """The regularization's share of rows with log-scales [m, 3]; 0 at most steps."""
+        if not (self.config.use_scale_regularization and self.step % 10 == 0):
+            return torch.zeros((), device=self.device)
+        scales = torch.exp(scales)
         ratio = scales.amax(dim=-1) / scales.amin(dim=-1)
         excess = torch.clamp_min(ratio - self.config.max_gauss_ratio, 0.0)
         return 0.1 * excess.sum() / max(1, self.num_points)

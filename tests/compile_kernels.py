@@ -20,7 +20,7 @@ from gsscale_nerfstudio.loss import fused
 from gsscale_nerfstudio.rasterize import tile_lists
 
 POINTERS = {
-    **dict.fromkeys(["slots", "rows_of", "moves", "positions", "group_of"], "*i32"),
+    **dict.fromkeys(["slots", "rows_of", "moves", "positions", "add_at", "group_of"], "*i32"),
     **dict.fromkeys(["pixel_radii", "counts", "gaussians"], "*i32"),
     **dict.fromkeys(["order", "ends"], "*i64"),
     "tiles": "*i16",
@@ -67,7 +67,8 @@ KERNELS = [
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": False}),
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": True}),
     (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True}),
-    (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True}),
+    (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True, "ADD": False}),
+    (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": False, "ADD": True}),
     (staging_kernels.unpack_rows, {**ROWS, "SCATTER": True}),
     (slot_kernels._summarize, SLOTS),
     (slot_kernels._limit, SLOTS),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -43,6 +43,37 @@ class Slack:
 EXACT = Slack()
 
 
+class Window(NamedTuple):
+    """A part of an image, in whole pixels: columns left to right - 1, rows top to bottom - 1."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.right - self.left, self.bottom - self.top
+
+    @property
+    def pixels(self) -> tuple[slice, slice]:
+        """Index of an image [H, W, ...]."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+    def halves(self, multiple: int) -> tuple[Window, Window] | None:
+        """Two halves of the longer side, cut at a multiple; None if it is too short for that."""
+        width, height = self.size
+        half = (max(width, height) // 2 + multiple - 1) // multiple * multiple
+        if half >= max(width, height):
+            return None
+        if width >= height:
+            middle = self.left + half
+            return self._replace(right=middle), self._replace(left=middle)
+        middle = self.top + half
+        return self._replace(bottom=middle), self._replace(top=middle)
+
+
 class OnDevice(NamedTuple):
     """A view's matrices on a device, float32."""
 
@@ -61,6 +92,8 @@ class View:
         K: [3, 3] intrinsics in pixels, without skew; a pixel's centre is at + 0.5.
         width, height: image size in pixels.
         near, far: depths between which rows are drawn; splatfacto's by default.
+        window: the part of the image that is drawn; None for all of it. Rows are projected as for
+            the whole image.
 
     Raises:
         GSScaleError: no image can be made with these values.
@@ -72,6 +105,7 @@ class View:
     height: int
     near: float = 0.01
     far: float = 1e10
+    window: Window | None = None
     _on_device: OnDevice | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +183,17 @@ class View:
             far=far,
         )
 
+    def through(self, window: Window) -> View:
+        """The same view, of which only a part is drawn."""
+        part = replace(self, window=window)
+        object.__setattr__(part, "_on_device", self._on_device)
+        return part
+
+    @property
+    def whole_window(self) -> Window:
+        """The part that is drawn."""
+        return self.window or Window(0, 0, self.width, self.height)
+
     @cached_property
     def camera_position(self) -> np.ndarray:
         """[3] in world space."""
@@ -171,8 +216,8 @@ class View:
     def same_as(self, other: View) -> bool:
         """Whether both draw the same picture."""
         return self is other or (
-            (self.width, self.height, self.near, self.far)
-            == (other.width, other.height, other.near, other.far)
+            (self.width, self.height, self.near, self.far, self.window)
+            == (other.width, other.height, other.near, other.far, other.window)
             and np.array_equal(self.viewmat, other.viewmat)
             and np.array_equal(self.K, other.K)
         )
@@ -191,7 +236,9 @@ class View:
         ``z r <= g R + e z`` with ``g = max ||diag(fx, fy) [I | -l]||`` and, not growing with the
         row, ``e = c sqrt(blur) + 1``. A circle that reaches over the left border has u + r > 0 and
         hence ``fx x + (cx + e) z + g R > 0``: a plane. What it rejects is to the left of the image,
-        so g is taken over such directions only. With ``k = max(g, |n|)``, k R covers m, too.
+        so g is taken over such directions only. (A window's border stands for the image's; the
+        directions beyond it go on to where gsplat clamps those of the image.) With
+        ``k = max(g, |n|)``, k R covers m, too.
 
         blur is 0.3, plus 0.1 (or 0.32 with ``packed=True``) for the least distance that gsplat 1.4
         keeps between eigenvalue and mean: ``e = 3 sqrt(0.62) + 1``. gsplat 1.5 has
@@ -211,11 +258,16 @@ class View:
     def _planes(self) -> np.ndarray:
         """:meth:`planes` without slack, float64."""
         fx, fy, cx, cy = self.K[0, 0], self.K[1, 1], self.K[0, 2], self.K[1, 2]
-        # Per axis: border and clamp limit of x / z on the low side, then on the high side.
+        left, top, right, bottom = self.whole_window
+        # Per axis and side: the steepest x / z that gsplat uses for a row beyond the window's
+        # border. It clamps a little outside of the image, whatever the window.
         margin_x, margin_y = 0.15 * self.width / fx, 0.15 * self.height / fy
-        x_low, x_high = _steepest(cx / fx, margin_x), _steepest((self.width - cx) / fx, margin_x)
-        y_low, y_high = _steepest(cy / fy, margin_y), _steepest((self.height - cy) / fy, margin_y)
-        x_any, y_any = max(x_low, x_high), max(y_low, y_high)
+        x_low = _steepest((cx - left) / fx, cx / fx + margin_x)
+        x_high = _steepest((right - cx) / fx, (self.width - cx) / fx + margin_x)
+        y_low = _steepest((cy - top) / fy, cy / fy + margin_y)
+        y_high = _steepest((bottom - cy) / fy, (self.height - cy) / fy + margin_y)
+        x_any = _steepest(cx / fx + margin_x, (self.width - cx) / fx + margin_x, x_low, x_high)
+        y_any = _steepest(cy / fy + margin_y, (self.height - cy) / fy + margin_y, y_low, y_high)
 
         def growth(lx: float, ly: float) -> float:
             return float(np.linalg.norm([[fx, 0.0, fx * lx], [0.0, fy, fy * ly]], 2))
@@ -225,10 +277,10 @@ class View:
         normals, offsets, growths = (
             np.array(column, dtype=np.float64)
             for column in zip(
-                ((fx, 0.0, cx + e), 0.0, growth(x_low, y_any)),
-                ((-fx, 0.0, self.width - cx + e), 0.0, growth(x_high, y_any)),
-                ((0.0, fy, cy + e), 0.0, growth(x_any, y_low)),
-                ((0.0, -fy, self.height - cy + e), 0.0, growth(x_any, y_high)),
+                ((fx, 0.0, cx - left + e), 0.0, growth(x_low, y_any)),
+                ((-fx, 0.0, right - cx + e), 0.0, growth(x_high, y_any)),
+                ((0.0, fy, cy - top + e), 0.0, growth(x_any, y_low)),
+                ((0.0, -fy, bottom - cy + e), 0.0, growth(x_any, y_high)),
                 ((0.0, 0.0, 1.0), -self.near * (1 - _RELATIVE_ROUNDING), 0.0),
                 ((0.0, 0.0, -1.0), self.far * (1 + _RELATIVE_ROUNDING), 0.0),
                 strict=True,
@@ -244,9 +296,9 @@ class View:
         return planes / length[:, None]
 
 
-def _steepest(border: float, margin: float) -> float:
-    """Largest |x / z| that gsplat uses for a row beyond a border: clamped ``margin`` outside."""
-    return max(abs(border), abs(border + margin))
+def _steepest(*slopes: float) -> float:
+    """Largest of |x / z|."""
+    return max(abs(slope) for slope in slopes)
 
 
 def _matrix(tensor: Tensor) -> Tensor:

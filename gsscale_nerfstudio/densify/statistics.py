@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.working_set import ScreenStatistics
-from gsscale_nerfstudio.rasterize import Rendering
 
 
 @torch.no_grad()
-def screen_statistics(rendering: Rendering, view: View) -> ScreenStatistics:
-    """gsplat's densification statistics of one view, after its backward pass."""
+def screen_statistics(gradients: Tensor, radii: Tensor, view: View) -> ScreenStatistics:
+    """gsplat's densification statistics of one view, after its backward pass.
+
+    Args:
+        gradients: [n, 2], see :meth:`.Rendering.means2d_grad`.
+        radii: [n] int32, in pixels; 0 for rows that were not drawn.
+        view: the view.
+    """
     # From the view, which has it on the device: sending it there now would wait for backward.
-    half = view.on(rendering.radii.device).half_size
-    drawn = rendering.radii > 0
-    norms = (rendering.means2d_grad() * half).norm(dim=-1) * drawn
-    return norms, drawn.float(), rendering.radii.float() / max(view.width, view.height)
+    half = view.on(radii.device).half_size
+    drawn = radii > 0
+    norms = (gradients * half).norm(dim=-1) * drawn
+    return norms, drawn.float(), radii.float() / max(view.width, view.height)

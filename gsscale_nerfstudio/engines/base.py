@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import Culler, Slack, View
 from gsscale_nerfstudio.engines.colors import Viewpoint
+from gsscale_nerfstudio.engines.parts import ViewInParts
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
@@ -87,7 +88,7 @@ class Engine(ABC):
         self.history = AdamHistory(
             store.layout, dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 1.0)
         )
-        self.current: WorkingSet | None = None
+        self.current: WorkingSet | ViewInParts | None = None
         self.counters: defaultdict[str, float] = defaultdict(float)
         """Sums since the start: views, rows, seconds; see the engines."""
         self._stepped: dict[str, float] = {}
@@ -187,7 +188,7 @@ class Engine(ABC):
         if self.current is None:
             raise RuntimeError("optimizers stepped without a working set; call begin() first")
         self._step_rows(self.current, lrs)
-        self._set_gradients_of_coefficients(present=False)  # no zeros in --log-gradients
+        self._set_gradients_of_placeholders(present=False)  # no zeros in --log-gradients
         self._settled = False
         outgrown = self.history.advance(lrs)
         self._step_recorded()
@@ -229,8 +230,10 @@ class Engine(ABC):
 
     # -- rows ------------------------------------------------------------------------------------
 
-    def begin(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet:
+    def begin(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet | ViewInParts:
         """Bring the settled rows that ``view`` may see to the device, to be differentiated.
+
+        A view that does not fit there comes in parts: none of its rows is there yet.
 
         Args:
             view: decides which rows.
@@ -251,16 +254,19 @@ class Engine(ABC):
             self._finish_step()
             prepared = self._prepare(view, self.step_count, ahead=False)
         self.current = self._bring(prepared, viewpoint or self._viewpoint(view))
-        self._publish({n: p for n, p in self.current.leaves.items() if isinstance(p, Parameter)})
-        self._set_gradients_of_coefficients(present=True)
+        if isinstance(self.current, WorkingSet):
+            leaves = self.current.leaves
+            self._publish({n: p for n, p in leaves.items() if isinstance(p, Parameter)})
+        self._set_gradients_of_placeholders(present=True)
         return self.current
 
-    def _set_gradients_of_coefficients(self, present: bool) -> None:
+    def _set_gradients_of_placeholders(self, present: bool) -> None:
         """Nerfstudio steps a group's optimizer if its parameter has a gradient, empty or not.
 
-        The SH groups' parameters stay empty, see :class:`.Colors`.
+        The SH groups' parameters stay empty, see :class:`.Colors`, and all do of a view in parts.
         """
-        for name in set(GROUPS) - set(LEAVES):
+        with_leaf = LEAVES if isinstance(self.current, WorkingSet) else ()
+        for name in set(GROUPS) - set(with_leaf):
             leaf = self.leaves[name]
             leaf.grad = torch.empty_like(leaf) if present else None
 
@@ -352,7 +358,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet:
+    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet | ViewInParts:
         """The working set of a prepared view, for training."""
 
     @abstractmethod
@@ -360,7 +366,7 @@ class Engine(ABC):
         """The working set of a view, without gradients."""
 
     @abstractmethod
-    def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:
+    def _step_rows(self, working: WorkingSet | ViewInParts, lrs: np.ndarray) -> None:
         """Step the working set's rows with their gradients; ``lrs`` is [len(GROUPS)]."""
 
     def settle(self) -> None:

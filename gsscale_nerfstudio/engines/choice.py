@@ -7,13 +7,12 @@ import os
 import torch
 
 from gsscale_nerfstudio.engines.budget import Budget
-from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.resident import ResidentEngine
 from gsscale_nerfstudio.store import HostStore
 
 
-def make_engine(name: str, store: HostStore, vram_budget_gb: float | None) -> EditableEngine:
+def make_engine(name: str, store: HostStore, vram_budget_gb: float | None) -> HostEngine:
     """The engine of that name, on the CPU until it is moved.
 
     Args:
@@ -27,5 +26,5 @@ def make_engine(name: str, store: HostStore, vram_budget_gb: float | None) -> Ed
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     cpu = torch.device("cpu")
     if name == "host":
-        return HostEngine(store, cpu)
+        return HostEngine(store, cpu, Budget(vram_budget_gb))
     return ResidentEngine(store, cpu, Budget(vram_budget_gb), auto=name == "auto")

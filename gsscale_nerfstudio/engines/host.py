@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.engines.base import uninterrupted
+from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.engines.lookahead import (
@@ -23,6 +25,8 @@ from gsscale_nerfstudio.engines.lookahead import (
     SplitLists,
 )
 from gsscale_nerfstudio.engines.packing import pack, unpack
+from gsscale_nerfstudio.engines.parts import Part, ViewInParts, parts_of, windows_of
+from gsscale_nerfstudio.engines.sizing import ViewSizing
 from gsscale_nerfstudio.engines.staging import Staging, Upload
 from gsscale_nerfstudio.engines.streams import Mark, Stress, mark_current, wait, wait_in_stream
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
@@ -72,7 +76,13 @@ class HostEngine(EditableEngine):
     t-1 is complete; of step t, which is pending then, the culler knows by its slack.
     """
 
-    def __init__(self, store: HostStore, device: torch.device) -> None:
+    def __init__(
+        self, store: HostStore, device: torch.device, budget: Budget | None = None
+    ) -> None:
+        self.budget = budget or Budget()
+        self.most_rows = 2**31 - 1
+        """Of a view that is on the device at a time, at most."""
+        self._sizing = ViewSizing(self.budget, device, store.layout)
         self._pending: _PendingStep | None = None
         self._rest: Future[None] | None = None
         self._outlook: Outlook | None = None
@@ -97,6 +107,7 @@ class HostEngine(EditableEngine):
             # Kernels may still be reading the staging that is about to go.
             torch.cuda.synchronize(self.device)
         super().move_to(device)
+        self._sizing = ViewSizing(self.budget, device, self.store.layout)
         self._set_up_staging(self.store, device)
 
     # -- the worker ------------------------------------------------------------------------------
@@ -116,9 +127,9 @@ class HostEngine(EditableEngine):
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
         with self._timed("cull_s"):
             ids = self._cull(view, step)
-        if not ahead or self._outlook is None:
-            return PreparedView(ids)
-        return PreparedView(ids, self._send_cold(ids, self._outlook))
+        if not ahead or self._outlook is None or not self.fits(len(ids), view):
+            return PreparedView(view, ids)
+        return PreparedView(view, ids, self._send_cold(ids, self._outlook))
 
     def _send_cold(self, ids: Tensor, outlook: Outlook) -> ColdRows:
         split = self._lists.split(outlook.before, ids)
@@ -144,8 +155,11 @@ class HostEngine(EditableEngine):
 
     # -- before the step -------------------------------------------------------------------------
 
-    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet:
+    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet | ViewInParts:
         self._wait_for_worker()  # the other rows of the step before last
+        if not self.fits(len(prepared.ids), prepared.view):
+            self._finish_step()
+            return self._in_parts(prepared.view, prepared.ids)
         cold, row_bytes = prepared.cold, 4 * self.store.layout.width
         # The step may not have come about, or with another learning rate than was expected.
         if cold is None or not cold.outlook.has_come_true(self.step_count, self._last_lrs):
@@ -210,9 +224,55 @@ class HostEngine(EditableEngine):
         positions = None if pick is None else pick.numpy()
         _C.gather_settled(self.store.kernel_rows, tables, ids.numpy(), rows.numpy(), pick=positions)
 
+    # -- views that do not fit ---------------------------------------------------------------------
+
+    def fits(self, rows: int, view: View) -> bool:
+        """Whether a view of so many rows can be on the device at a time."""
+        width, height = view.whole_window.size
+        return rows <= min(self.most_rows, self._sizing.most_rows(width * height, rows))
+
+    def windows(self, view: View) -> list[View]:
+        """The view through windows that :meth:`fetch` can bring, in order: itself if it fits."""
+        with uninterrupted():
+            self._wait_for_worker()
+            self._finish_step()
+            return [window for window, _ in self._windows(view)]
+
+    def _windows(self, view: View) -> list[tuple[View, Tensor]]:
+        return windows_of(
+            view, lambda part: self._cull(part, self.step_count), lambda n, part: self.fits(n, part)
+        )
+
+    def _in_parts(self, view: View, ids: Tensor) -> ViewInParts:
+        self._count(len(ids), len(ids), 4 * len(ids) * self.store.layout.width)
+        gradients = self._gradients[0].rows(len(ids))
+        gradients.zero_()
+        return ViewInParts(ids, parts_of(ids, self._windows(view)), gradients)
+
+    def bring_part(
+        self, whole: ViewInParts, part: Part, viewpoint: Viewpoint, training: bool
+    ) -> WorkingSet:
+        """The rows of one part, to be differentiated if ``training``."""
+        return self._send(whole.ids[part.positions.long()], viewpoint, training)
+
+    def take_part(self, whole: ViewInParts, part: Part, working: WorkingSet) -> None:
+        """Add the gradients of a part's working set to those of the view."""
+        positions = part.positions.to(self.device)
+        pack(working, self.store.layout, whole.gradients, add_at=positions)
+        # The device reads and writes page-locked memory, and the next part adds to the same rows.
+        self._gradients[0].used_until(mark_current(self.device))
+
+    def _finish_parts(self, whole: ViewInParts) -> None:
+        """Complete the gradient rows with the statistics, which are sums over parts, too."""
+        wait(mark_current(self.device))
+        columns = self.store.layout.bookkeeping
+        statistics = whole.statistics() if whole.statistics is not None else ()
+        for name, values in zip(("grad2d", "count", "max_radius"), statistics, strict=False):
+            whole.gradients[:, columns[name]] = values.cpu()
+
     # -- the step --------------------------------------------------------------------------------
 
-    def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:
+    def _step_rows(self, working: WorkingSet | ViewInParts, lrs: np.ndarray) -> None:
         """Have the gradients written to the host; the rows are stepped when they are there."""
         if self._pending is not None:  # the same view, stepped once more
             self._wait_for_worker()
@@ -220,8 +280,12 @@ class HostEngine(EditableEngine):
         layout = self.store.layout
         staging = self._gradients[0]
         self._gradients.reverse()
-        grads = staging.rows(len(working))
-        pack(working, layout, grads)
+        if isinstance(working, ViewInParts):
+            self._finish_parts(working)
+            grads = working.gradients
+        else:
+            grads = staging.rows(len(working))
+            pack(working, layout, grads)
         arrived = mark_current(self.device)
         staging.used_until(arrived)
         self.counters["link_bytes"] += grads.nbytes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import Mark
 
@@ -69,8 +70,9 @@ class ColdRows:
 
 @dataclass(frozen=True)
 class PreparedView:
-    """A view's ids, and its cold rows if it was announced in time."""
+    """A view, its ids, and its cold rows if it was announced in time."""
 
+    view: View
     ids: Tensor
     cold: ColdRows | None = None
 

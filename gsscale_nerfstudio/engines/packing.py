@@ -64,7 +64,9 @@ def unpack(
 
 
 @torch.no_grad()
-def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
+def pack(
+    working: WorkingSet, layout: RowLayout, rows: Tensor, add_at: Tensor | None = None
+) -> None:
     """Queue the writing of a view's gradients and statistics, on the current stream.
 
     Args:
@@ -72,6 +74,8 @@ def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
         layout: of the rows.
         rows: [n, width] float32, written: in page-locked host memory. There is no copy of it on the
             device, where memory is what this saves.
+        add_at: [n] int32 on the device, ascending: add to these rows of ``rows``, which may be
+            more, instead of writing row by row.
     """
     n, colors = len(working), working.colors
     viewpoint, of_colors = colors.viewpoint, colors.gradients()
@@ -82,14 +86,18 @@ def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
     statistics = working.statistics() if working.statistics is not None else None
     columns = layout.bookkeeping
     if not kernels_run_on(device):
-        rows.zero_()
+        packed = torch.zeros(n, layout.width)
         for name, grad in grads.items():
-            rows[:, layout.columns[name]] = grad.flatten(1)
+            packed[:, layout.columns[name]] = grad.flatten(1)
         first = layout.columns["features_dc"].start
         of_coefficients = coefficient_gradients(means, layout, viewpoint, of_colors)
-        rows[:, first : layout.optimized] = of_coefficients
+        packed[:, first : layout.optimized] = of_coefficients
         for name, values in zip(("grad2d", "count", "max_radius"), statistics or (), strict=False):
-            rows[:, columns[name]] = values
+            packed[:, columns[name]] = values
+        if add_at is None:
+            rows.copy_(packed)
+        else:
+            rows.index_add_(0, add_at, packed)
         return
     from gsscale_nerfstudio.engines import kernels, staging_kernels
 
@@ -104,7 +112,9 @@ def pack(working: WorkingSet, layout: RowLayout, rows: Tensor) -> None:
             seen,
             radii,
             **kernels.color_arguments(layout, viewpoint),
+            add_at=rows if add_at is None else add_at,
             n=n,
+            ADD=add_at is not None,
             HAS_STATISTICS=statistics is not None,
             GRAD2D=columns["grad2d"],
             COUNT=columns["count"],

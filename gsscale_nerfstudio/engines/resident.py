@@ -18,6 +18,7 @@ from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
+from gsscale_nerfstudio.engines.parts import ViewInParts
 from gsscale_nerfstudio.engines.returns import SphereReturns
 from gsscale_nerfstudio.engines.sizing import CacheSizing
 from gsscale_nerfstudio.engines.streams import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # its kernels need Triton, which a machine without a GPU can 
 class _Prepared:
     """A view's rows, and where they are in the cache; ``admission`` is None if they had no room."""
 
+    view: View
     ids: Tensor
     number: int
     admission: Admission | None
@@ -76,7 +78,6 @@ class ResidentEngine(HostEngine):
     def __init__(
         self, store: HostStore, device: torch.device, budget: Budget, auto: bool = False
     ) -> None:
-        self.budget = budget
         self.auto = auto
         self._caching = False
         self._cache: RowCache | None = None  # there is none unless it is caching
@@ -84,7 +85,7 @@ class ResidentEngine(HostEngine):
         self._depth = 1  # views that are admitted ahead
         self._culled: _Culled | None = None
         self._culling: Future[None] | None = None
-        super().__init__(store, device)
+        super().__init__(store, device, budget)
 
     def _start_training(self) -> None:
         on_gpu = self.device.type == "cuda"
@@ -96,7 +97,9 @@ class ResidentEngine(HostEngine):
                     "--pipeline.model.engine host (or auto)"
                 )
             return
-        self._sizing = CacheSizing(self.budget, self.device, self.store.layout, self.auto)
+        self._sizing: CacheSizing = CacheSizing(
+            self.budget, self.device, self.store.layout, self.auto
+        )
         self._returns = SphereReturns(self.store.capacity, self.device)
         self._tables = DeviceTables(self.history, self.device)
         self._prepared_views = 0
@@ -126,7 +129,7 @@ class ResidentEngine(HostEngine):
         ids = culled.ids
         self._prepared_views += 1
         self._sizing.saw(len(ids), view.width * view.height)
-        prepared = _Prepared(ids, self._prepared_views, None)
+        prepared = _Prepared(view, ids, self._prepared_views, None)
         # A cache of another size is not made while rows of this one are being stepped, and views
         # are admitted in their order, or an earlier one's rows would not be kept for it.
         fits = self._cache is not None and len(ids) <= self._sizing.view_rows
@@ -195,7 +198,7 @@ class ResidentEngine(HostEngine):
                 cache.expect(self._cull(view, step, keep=False), later)
         self._expected.pop(number, None)
 
-    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet:
+    def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet | ViewInParts:
         if not self._caching:
             return super()._bring(prepared, viewpoint)
         if prepared.admission is None:
@@ -205,7 +208,7 @@ class ResidentEngine(HostEngine):
                     f"the GPU memory budget cannot hold a view of {len(prepared.ids):,} Gaussians "
                     "and their optimizer state"
                 )
-                return super()._bring(PreparedView(prepared.ids), viewpoint)
+                return super()._bring(PreparedView(prepared.view, prepared.ids), viewpoint)
         self._current = prepared
         admission = prepared.admission
         moved = (admission.missed + admission.written) * self._sizing.row_bytes
@@ -215,6 +218,10 @@ class ResidentEngine(HostEngine):
         assert self._cache is not None
         attributes = self._cache.gather(admission.slots, self._tables, viewpoint, training=True)
         return working_set(prepared.ids, attributes, self.store.layout, viewpoint, training=True)
+
+    def fits(self, rows: int, view: View) -> bool:
+        # Where there is a cache there is room for a view.
+        return self._caching or super().fits(rows, view)
 
     def _make_room(self, prepared: _Prepared) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""
@@ -333,8 +340,8 @@ class ResidentEngine(HostEngine):
         return working_set(ids, attributes, self.store.layout, viewpoint, training=False)
 
     @torch.no_grad()
-    def _step_rows(self, working: WorkingSet, lrs: np.ndarray) -> None:
-        if not self._caching:
+    def _step_rows(self, working: WorkingSet | ViewInParts, lrs: np.ndarray) -> None:
+        if not self._caching or isinstance(working, ViewInParts):
             return super()._step_rows(working, lrs)
         assert self._cache is not None and self._current is not None
         assert self._current.admission is not None

@@ -1,4 +1,4 @@
-"""How large the row cache should be, how far ahead it is filled, and when to do without it."""
+"""How many rows of a view have room, how large the row cache should be, and how far ahead."""
 
 from __future__ import annotations
 
@@ -23,7 +23,35 @@ _ROOMY = 8
 """Views' worth of slots from which two views are admitted ahead."""
 
 
-class CacheSizing:
+class ViewSizing:
+    """How many rows a view may have that is on the device at a time.
+
+    Args:
+        budget: how much GPU memory may be used.
+        device: whose.
+        layout: of the rows.
+    """
+
+    def __init__(self, budget: Budget, device: torch.device, layout: RowLayout) -> None:
+        self._budget, self._device, self._layout = budget, device, layout
+        self._per_row = float(_VIEW_ROW_BYTES)  # device memory that a row of a view needs
+        self._most = 0
+
+    def most_rows(self, pixels: int, rows: int) -> int:
+        """Most rows of a view of so many pixels, with the host engine.
+
+        What is free is asked for again where ``rows`` comes near it. Called between views.
+        """
+        if self._device.type != "cuda":
+            return 2**31 - 1
+        if 2 * rows > self._most:
+            # Beside what a view needs, its cold rows have a buffer, with a quarter to spare.
+            per_row = int(self._per_row + 1.25 * 4 * self._layout.width)
+            self._most = self._budget.cache_rows(self._device, per_row, pixels * _PIXEL_BYTES)
+        return self._most
+
+
+class CacheSizing(ViewSizing):
     """What the budget leaves for the cache, by the views that were seen.
 
     Args:
@@ -40,11 +68,10 @@ class CacheSizing:
     def __init__(
         self, budget: Budget, device: torch.device, layout: RowLayout, auto: bool = False
     ) -> None:
+        super().__init__(budget, device, layout)
         self.largest = self.view_rows = 0
         self.rates = Rates.measure(device) if auto else None
-        self._budget, self._device, self._layout = budget, device, layout
         self._pixels = 0
-        self._per_row = float(_VIEW_ROW_BYTES)  # device memory that a row of a view needs
         self._largest_since = (0, 0)  # rows and pixels of a view since memory was given back
         self._taken = 0  # bytes in use between views, beside the cache
         self._counted = (0.0, 0.0)  # rows, and of these missed, when the rates were last asked

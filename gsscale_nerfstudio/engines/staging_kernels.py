@@ -85,7 +85,9 @@ def pack_gradients(
     table,
     position,
     bands_end,
+    add_at,
     n,
+    ADD: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     GRAD2D: tl.constexpr,
     COUNT: tl.constexpr,
@@ -96,7 +98,10 @@ def pack_gradients(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient rows ``[n, WIDTH]``, statistics in their bookkeeping columns, zeros elsewhere."""
+    """Gradient rows ``[n, WIDTH]``, statistics in their bookkeeping columns, zeros elsewhere.
+
+    If ADD, row i is added to row add_at[i].
+    """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = i < n
     column = tl.arange(0, COLUMNS)[None, :]
@@ -118,4 +123,8 @@ def pack_gradients(
         g = tl.where(column == GRAD2D, tl.load(norms + i, mask=live, other=0.0)[:, None], g)
         g = tl.where(column == COUNT, tl.load(seen + i, mask=live, other=0.0)[:, None], g)
         g = tl.where(column == MAX_RADIUS, tl.load(radii + i, mask=live, other=0.0)[:, None], g)
-    tl.store(rows + row * WIDTH + column, g, mask=at & (column < WIDTH))
+    inside = at & (column < WIDTH)
+    if ADD:
+        row = tl.load(add_at + i, mask=live, other=0)[:, None].to(tl.int64)
+        g += tl.load(rows + row * WIDTH + column, mask=inside, other=0.0)
+    tl.store(rows + row * WIDTH + column, g, mask=inside)

@@ -25,6 +25,7 @@ def rasterize(
     antialiased: bool,
     near: float = 0.01,
     far: float = 1e10,
+    window: tuple[int, int, int, int] | None = None,
 ) -> Rendering:
     """Draw ``n`` Gaussians, n >= 0, as one pinhole camera sees them.
 
@@ -47,10 +48,15 @@ def rasterize(
             (Mip-Splatting, arXiv 2311.16493).
         near: Gaussians whose centre is nearer, in z, are not drawn.
         far: Gaussians whose centre is farther, in z, are not drawn.
+        window: (left, top, right, bottom) in pixels: draw this part of the image only. Its pixels
+            are those of the whole image, to rounding, and positions of means count from its corner.
+            Radii are those in the whole image, also of Gaussians that do not reach the window.
     """
     inputs = (means, quats, scales, opacities, colors, viewmat)
     if len(means) == 0:
-        return empty_rendering(inputs, width, height, depth=depth, absgrad=absgrad)
+        left, top, right, bottom = window or (0, 0, width, height)
+        size = (right - left, bottom - top)
+        return empty_rendering(inputs, *size, depth=depth, absgrad=absgrad)
     draw = _rasterize_gsplat if means.is_cuda else rasterize_reference
     return draw(
         *inputs,
@@ -62,6 +68,7 @@ def rasterize(
         antialiased=antialiased,
         near=near,
         far=far,
+        window=window or (0, 0, width, height),
     )
 
 
@@ -81,6 +88,7 @@ def _rasterize_gsplat(
     antialiased: bool,
     near: float,
     far: float,
+    window: tuple[int, int, int, int],
 ) -> Rendering:
     # Imported here: a machine without CUDA can do without gsplat's kernels, not even build them,
     # and without Triton.
@@ -112,6 +120,10 @@ def _rasterize_gsplat(
     channels = colors[None]
     if depth:
         channels = torch.cat([channels, depths[..., None]], dim=-1)
+    left, top, right, bottom = window
+    if left or top:
+        means2d = means2d - means2d.new_tensor((left, top))
+    width, height = right - left, bottom - top
     # In gsplat's own function for them the host waits for the device without letting other Python
     # threads run.
     lists = tile_lists(means2d[0], radii[0], depths[0], conics[0], opacities[0], width, height)

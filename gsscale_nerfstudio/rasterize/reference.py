@@ -29,6 +29,7 @@ def rasterize_reference(
     antialiased: bool,
     near: float,
     far: float,
+    window: tuple[int, int, int, int],
 ) -> Rendering:
     """Draw one view; arguments and result are those of :func:`.api.rasterize`, n > 0."""
     radii, visible, splats = project(
@@ -45,7 +46,8 @@ def rasterize_reference(
     def of_all_rows(values: Tensor) -> Tensor:
         return values.new_zeros(len(means), *values.shape[1:]).index_copy(0, visible, values)
 
-    means2d = of_all_rows(splats.means2d)
+    left, top, right, bottom = window
+    means2d = of_all_rows(splats.means2d - splats.means2d.new_tensor((left, top)))
     image, alpha = composite(
         means2d,
         of_all_rows(splats.conics),
@@ -53,8 +55,8 @@ def rasterize_reference(
         of_all_rows(opacities),
         of_all_rows(splats.depths.detach()),
         radii,
-        width,
-        height,
+        right - left,
+        bottom - top,
         absgrad=absgrad,
     )
     return Rendering(

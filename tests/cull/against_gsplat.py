@@ -35,18 +35,22 @@ def drawn_by_torch(means: Tensor, covars: Tensor, view: View, viewmat: Tensor) -
 
 
 def drawn_with(radius_of: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The kernels' tests of depth and image borders, around radii [n, 2] from 2D covariances."""
+    """The kernels' tests of depth and borders, around radii [n, 2] from 2D covariances.
+
+    A window's borders stand for the image's.
+    """
 
     def drawn(means: Tensor, covars: Tensor, view: View, viewmat: Tensor) -> Tensor:
         K = torch.tensor(view.K, dtype=torch.float32)
-        size = torch.tensor([view.width, view.height])
+        left, top, right, bottom = view.whole_window
+        low, high = torch.tensor([left, top]), torch.tensor([right, bottom])
         in_camera, covars_in_camera = _world_to_cam(means, covars, viewmat[None])
         centres, covars2d = _persp_proj(
             in_camera, covars_in_camera, K[None], view.width, view.height
         )
         radii = radius_of(covars2d[0] + BLUR * torch.eye(2))
         depths = in_camera[0, :, 2]
-        inside = ((centres[0] + radii > 0) & (centres[0] - radii < size)).all(dim=1)
+        inside = ((centres[0] + radii > low) & (centres[0] - radii < high)).all(dim=1)
         return inside & (depths >= view.near) & (depths <= view.far)
 
     return drawn

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.cull import View, Window
 from tests.cull.against_gsplat import RULES, culled, drawn_by_torch, gsplat_viewmat
 
 
@@ -45,8 +45,9 @@ def rows_at_borders(rng: np.random.Generator, view: View, n: int) -> tuple[Tenso
     u, v = rng.uniform(-0.5, 1.5, n) * view.width, rng.uniform(-0.5, 1.5, n) * view.height
     beyond = 3 * sigma * max(fx, fy) / z * rng.uniform(0, 1.6, n) + rng.uniform(0, 4, n)
     side = rng.integers(0, 5, n)  # 4: anywhere
-    u = np.select([side == 0, side == 1], [-beyond, view.width + beyond], u)
-    v = np.select([side == 2, side == 3], [-beyond, view.height + beyond], v)
+    left, top, right, bottom = view.whole_window
+    u = np.select([side == 0, side == 1], [left - beyond, right + beyond], u)
+    v = np.select([side == 2, side == 3], [top - beyond, bottom + beyond], v)
     at_near = rng.random(n) < 0.1
     z[at_near] = view.near + rng.normal(0, 1, at_near.sum()) * 3 * sigma[at_near]
     at_far = rng.random(n) < 0.05
@@ -104,6 +105,28 @@ def test_no_drawn_row_is_dropped(
     camera = nerfstudio_camera(rng, distance * rng.standard_normal(3), f, c, size)
     view = View.from_camera(camera, near=clip[0], far=clip[1])
     means, covars, scales = rows_at_borders(rng, view, n)
+    drawn = RULES[rule](means, covars, view, gsplat_viewmat(camera.camera_to_worlds[0]))
+    dropped = drawn & ~culled(means, scales, view)
+    assert not dropped.any(), torch.cat([means, scales], dim=1)[dropped]
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    focal=st.floats(0.1, 20),
+    centre=st.tuples(st.floats(-1, 2), st.floats(-1, 2)) | st.just((0.5, 0.5)),
+    corners=st.tuples(*[st.integers(0, 639)] * 2, *[st.integers(0, 399)] * 2),
+)
+@settings(max_examples=70, deadline=None)
+@pytest.mark.parametrize("rule", ["1.4 packed", "1.5"])
+def test_no_row_that_reaches_a_window_is_dropped(
+    rule: str, seed: int, focal: float, centre: tuple[float, float], corners: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(seed)
+    c = (centre[0] * 640, centre[1] * 400)
+    camera = nerfstudio_camera(rng, rng.standard_normal(3), (640 * focal,) * 2, c, (640, 400))
+    (left, right), (top, bottom) = sorted(corners[:2]), sorted(corners[2:])
+    view = View.from_camera(camera).through(Window(left, top, right + 1, bottom + 1))
+    means, covars, scales = rows_at_borders(rng, view, 1000)
     drawn = RULES[rule](means, covars, view, gsplat_viewmat(camera.camera_to_worlds[0]))
     dropped = drawn & ~culled(means, scales, view)
     assert not dropped.any(), torch.cat([means, scales], dim=1)[dropped]

@@ -28,7 +28,9 @@ def test_screen_statistics_are_gsplats(absgrad):
         absgrad=absgrad,
     )
     K = np.array([[50.0, 0, 40], [0, 50.0, 30], [0, 0, 1]])
-    norms, seen, sizes = screen_statistics(rendering, View(np.eye(4), K, width, height))
+    norms, seen, sizes = screen_statistics(
+        rendering.means2d_grad(), rendering.radii, View(np.eye(4), K, width, height)
+    )
 
     strategy = DefaultStrategy(absgrad=absgrad, refine_scale2d_stop_iter=4000)
     state = strategy.initialize_state()

@@ -59,6 +59,7 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
         antialiased=antialiased,
         near=0.2,
         far=30.0,
+        window=(0, 0, 40, 50),
     )
 
     opacities = asked["pixels"].pop("opacities")

@@ -185,3 +185,31 @@ def test_means2d_grad_before_backward_says_what_is_missing() -> None:
     rendering: Rendering = draw(scene(30).leaves(), camera(20, 15), absgrad=True)
     with pytest.raises(RuntimeError, match=r"backward\(\)"):
         rendering.means2d_grad()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_window_is_a_part_of_the_image(device: str) -> None:
+    """Its pixels and, of a loss on them, all gradients."""
+    gaussians = scene(400, size=0.1).to(torch.float32).to(device)
+    view = camera(90, 70).to(torch.float32).to(device)
+    left, top, right, bottom = window = (32, 16, 90, 48)
+    results = []
+    for part in (False, True):
+        leaves = gaussians.leaves()
+        options = {"window": window} if part else {}
+        rendering = draw(leaves, view, depth=True, absgrad=True, **options)
+        images = [rendering.rgb, rendering.alpha, rendering.depth]
+        if not part:
+            images = [image[top:bottom, left:right] for image in images]
+        random_loss(*images).backward()
+        gradients = {name: getattr(leaves, name).grad for name in leaves._fields[:5]}
+        gradients["means2d"] = rendering.means2d_grad()
+        results.append((images, gradients, rendering.radii))
+    (images, gradients, radii), (window_images, window_gradients, window_radii) = results
+    assert torch.equal(radii, window_radii)
+    for image, expected in zip(window_images, images, strict=True):
+        assert image.shape[:2] == (32, 58)
+        torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
+    for name, expected in gradients.items():
+        error = (window_gradients[name] - expected).abs().max() / expected.abs().max()
+        assert error < 1e-4, (name, float(error))

@@ -1,0 +1,96 @@
+"""A view whose rows do not fit on the device at a time: drawn in parts, stepped as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.engines.working_set import ScreenStatistics
+
+_MULTIPLE = 16
+"""Pixels: windows begin at borders of the rasterizer's tiles, so that none is drawn twice."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A window of a view, and the rows that it may see.
+
+    Attributes:
+        view: the view through that window.
+        positions: [m] int32 on the CPU, ascending: which of the whole view's rows they are.
+        first: [m] bool on the CPU: those that no part before this one has.
+    """
+
+    view: View
+    positions: Tensor
+    first: Tensor
+
+
+@dataclass(eq=False)
+class ViewInParts:
+    """The rows of a view that is trained part by part; the counterpart of a working set.
+
+    Attributes:
+        ids: [n] int32 on the CPU, ascending: the rows' places in the store.
+        parts: together, all of the image.
+        gradients: [n, width] float32 in page-locked memory: sums over the parts' gradients.
+        statistics: as those of a working set.
+    """
+
+    ids: Tensor
+    parts: list[Part]
+    gradients: Tensor
+    statistics: Callable[[], ScreenStatistics] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def windows_of(
+    view: View, rows_of: Callable[[View], Tensor], fits: Callable[[int, View], bool]
+) -> list[tuple[View, Tensor]]:
+    """The view through windows whose rows fit, and the ids [m] of these rows.
+
+    Windows are halved until they fit, or until they are tiles of the rasterizer: what does not fit
+    then is tried.
+
+    Args:
+        view: of a whole image, or of a window.
+        rows_of: gives the ids of the rows that a view may see.
+        fits: whether so many rows, of a view, can be on the device at a time.
+    """
+    ids = rows_of(view)
+    halves = None if fits(len(ids), view) else view.whole_window.halves(_MULTIPLE)
+    if halves is None:
+        return [(view, ids)]
+    return [part for window in halves for part in windows_of(view.through(window), rows_of, fits)]
+
+
+def parts_of(ids: Tensor, windows: list[tuple[View, Tensor]]) -> list[Part]:
+    """Parts of a view that may see the rows ``ids`` [n]."""
+    parts, known = [], torch.zeros(len(ids), dtype=torch.bool)
+    for view, seen in windows:
+        positions = _positions(ids, seen)
+        places = positions.long()
+        parts.append(Part(view, positions, ~known[places]))
+        known[places] = True
+    return parts
+
+
+def _positions(ids: Tensor, seen: Tensor) -> Tensor:
+    """Where the rows ``seen`` are in ``ids``; both [*] int32, ascending.
+
+    Rows that are not, the whole view does not draw: they are left out.
+    """
+    n, m = len(ids), len(seen)
+    where, rest = (torch.empty(n, dtype=torch.int32) for _ in range(2))
+    in_seen, other = (torch.empty(m, dtype=torch.int32) for _ in range(2))
+    common = _C.split_common(
+        ids.numpy(), seen.numpy(), where.numpy(), in_seen.numpy(), rest.numpy(), other.numpy()
+    )
+    return where[:common].clone()

@@ -1,0 +1,140 @@
+"""Views that are drawn in parts, because their rows do not fit: what comes out is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gsscale_nerfstudio.cull import Window
+from gsscale_nerfstudio.engines import ViewInParts
+from gsscale_nerfstudio.store import GROUPS
+from tests.runs import make_config, seeded, tiny_scene
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_scene(tmp_path_factory.mktemp("parts") / "scene")
+
+
+def train(config: Any, before: Callable[[Any], None]) -> Any:
+    seeded(0)
+    trainer = config.setup()
+    trainer.setup()
+    before(trainer)
+    trainer.train()
+    return trainer
+
+
+def trained(scene: Path, folder: Path, most_rows: int | None, steps: int, **settings: Any) -> Any:
+    """A trainer after some steps; views of more rows than ``most_rows`` came in parts."""
+    config = make_config(scene, folder, steps=steps, engine="host", **settings)
+    parts: list[int] = []
+
+    def limit(trainer: Any) -> None:
+        engine = trainer.pipeline.model.engine
+        if most_rows is not None:
+            engine.most_rows = most_rows
+        bring = engine._bring
+
+        def counted(*args: Any) -> Any:
+            whole = bring(*args)
+            parts.append(len(whole.parts) if isinstance(whole, ViewInParts) else 1)
+            return whole
+
+        engine._bring = counted
+
+    trainer = train(config, before=limit)
+    trainer.parts = parts
+    return trainer
+
+
+SETTINGS = {
+    "plain": {},
+    "antialiased, random background": {
+        "rasterize_mode": "antialiased",
+        "background_color": "random",
+    },
+    "depth, regularized": {
+        "output_depth_during_training": True,
+        "use_scale_regularization": True,
+        "max_gauss_ratio": 1.01,
+    },
+    "bilateral grid": {"use_bilateral_grid": True},
+    "no SH": {"sh_degree": 0},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("steps", "bound"), [(1, 1e-5), (4, 3e-2)])
+def test_training_in_parts_is_training(scene, tmp_path, name, steps, bound):
+    """The first step's moments are its gradients. Later on Adam, which divides a gradient by its
+    size, makes much of the rounding of those that are almost 0."""
+    settings = {"sh_degree_interval": 1, **SETTINGS[name]}
+    whole = trained(scene, tmp_path / "whole", None, steps, **settings)
+    parts = trained(scene, tmp_path / "parts", 60, steps, **settings)
+    assert set(whole.parts) == {1} and min(parts.parts) > 3
+    store, other = (t.pipeline.model.engine.store for t in (whole, parts))
+    # At first Gaussians are round, so that their quaternions' gradients are rounding; opacities are
+    # reset, which forgets their moments; and there is one band of SH.
+    groups = ("means", "scales", "features_dc") if steps == 1 else GROUPS
+    for group in groups:
+        expected, got = (s.column(group, s.exp_avg) for s in (store, other))
+        if expected.numel():
+            assert expected.any()
+            error = (got - expected).abs().max() / expected.abs().max()
+            assert error < bound, (group, float(error))
+    for column in ("grad2d", "count", "max_radius"):
+        expected = store.bookkeeping(column)
+        assert expected.any()
+        torch.testing.assert_close(other.bookkeeping(column), expected, rtol=bound, atol=1e-7)
+
+
+def test_a_scene_grows_in_parts_as_it_does_as_a_whole(scene, tmp_path):
+    settings = {"warmup_length": 2, "refine_every": 4, "densify_grad_thresh": 0.02}
+    counts = []
+    for most_rows in (None, 60):
+        trainer = trained(scene, tmp_path / str(most_rows), most_rows, 14, **settings)
+        counts.append(trainer.pipeline.model.num_points)
+    assert counts[0] > 320 and abs(counts[0] - counts[1]) <= 0.01 * counts[0]
+
+
+def test_poses_get_the_gradient_of_all_parts(scene, tmp_path):
+    def poses(most_rows: int | None) -> Tensor:
+        config = make_config(scene, tmp_path / str(most_rows), steps=6, engine="host")
+        config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+
+        def limit(trainer: Any) -> None:
+            if most_rows is not None:
+                trainer.pipeline.model.engine.most_rows = most_rows
+
+        return train(config, before=limit).pipeline.model.camera_optimizer.pose_adjustment.detach()
+
+    whole, parts = poses(None), poses(60)
+    assert whole.abs().max() > 1e-7
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+
+
+def test_a_render_in_parts_is_the_render(scene, tmp_path):
+    trainer = trained(scene, tmp_path, None, 3)
+    model = trainer.pipeline.model.eval()
+    camera, _ = next(iter(trainer.pipeline.datamanager.fixed_indices_eval_dataloader))
+    with torch.no_grad():
+        whole = model.get_outputs(camera)
+        model.engine.most_rows = 40
+        parts = model.get_outputs(camera)
+    assert whole["accumulation"].max() > 0.5
+    for name in ("rgb", "depth", "accumulation"):
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+def test_windows_are_halved_at_the_borders_of_tiles():
+    assert Window(0, 0, 100, 40).halves(16) == (Window(0, 0, 64, 40), Window(64, 0, 100, 40))
+    assert Window(64, 0, 100, 40).halves(16) == (Window(64, 0, 100, 32), Window(64, 32, 100, 40))
+    assert Window(0, 0, 17, 16).halves(16) == (Window(0, 0, 16, 16), Window(16, 0, 17, 16))
+    assert Window(16, 16, 32, 32).halves(16) is None
+    assert Window(96, 0, 100, 3).halves(16) is None
