@@ -214,6 +214,27 @@ class GSScaleDatamanager(FullImageDatamanager):
             config.max_thread_workers,
         )
 
+    @property
+    def image_placement(self) -> Placement:
+        """Where images are kept, and what memory they will take there.
+
+        Raises:
+            GSScaleError: a file is missing or no image.
+        """
+        with _explained(self.config.data):
+            return self._placement
+
+    def image_bytes_to_come(self) -> int:
+        """Host memory that images are still going to take."""
+        placement, to_come = self.image_placement, 0
+        for split, size in zip(("cached_train", "cached_eval"), placement.in_host, strict=True):
+            images = self.__dict__.get(split)  # asking for it would read them
+            if images is None:
+                to_come += size
+            elif isinstance(images, DiskImages):
+                to_come += max(0, size - images.kept_bytes)
+        return to_come
+
     def _load_images(  # type: ignore[override]
         self, split: Literal["train", "eval"], cache_images_device: str
     ) -> list[dict[str, Tensor]] | DiskImages:

@@ -52,8 +52,9 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     _target: type = field(default_factory=lambda: GSScaleModel)
     max_gaussians: int | None = None
     """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3. When the
-    limit is reached, densification goes on with the most needed ones only. Unset: as many as host
-    memory holds. GPU memory and speed depend on the Gaussians that a view sees, not on this."""
+    limit is reached, densification goes on with the most needed ones only. Training does not begin
+    if host memory cannot hold them, with the copy that a checkpoint takes while it is written.
+    Unset: as many as host memory holds at the time. GPU memory and speed depend on the Gaussians that a view sees, not on this."""
     engine: Literal["auto", "host", "resident"] = "auto"
     """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
     the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
@@ -61,7 +62,8 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     measured rates of link and host memory say that the other one is clearly faster."""
     vram_budget_gb: float | None = None
     """GPU memory, in 10^9 bytes, that training may take in all with the resident engine: the
-    larger, the fewer Gaussians cross the link at each step. Unset: 90 % of what is free."""
+    larger, the fewer Gaussians cross the link at each step. Unset, or more than that: 90 % of what
+    is free. Training does not begin with less than its largest view takes."""
 
 
 class GSScaleModel(SplatfactoModel):

@@ -8,6 +8,7 @@ from typing import Any
 
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
+from gsscale_nerfstudio import memory_plan
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
 from gsscale_nerfstudio.errors import readable_errors
 from gsscale_nerfstudio.model import GSScaleModel
@@ -40,6 +41,18 @@ class GSScalePipeline(VanillaPipeline):
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         with readable_errors():
             super().load_pipeline(loaded_state, step)
+
+    def plan_memory(self) -> None:
+        """Print what training will keep where; the host store then leaves room for the others.
+
+        Raises:
+            GSScaleError: it cannot work with the memory that there is.
+        """
+        given = memory_plan.measure(self.model, self.datamanager)
+        plan = memory_plan.make_plan(given)
+        memory_plan.show(plan, given.rows)
+        store = self.model.engine.store
+        store.claims, store.beside_row = self.datamanager.image_bytes_to_come, plan.beside_row
 
     def resume_state(self) -> dict[str, Any]:
         """What exact resuming takes beside Nerfstudio's own entries of a checkpoint."""

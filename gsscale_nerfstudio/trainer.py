@@ -65,6 +65,7 @@ class GSScaleTrainer(Trainer):
             restore_random_state(self._random_state, self.device)
             self._random_state = None
         with readable_errors():
+            self.pipeline.plan_memory()
             super().train()
 
     def _load_checkpoint(self) -> None:

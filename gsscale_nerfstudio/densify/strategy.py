@@ -38,6 +38,7 @@ class RowStrategy(DefaultStrategy):
     """
 
     _warned_full: bool = False
+    _warned_low: bool = False
 
     @torch.no_grad()
     def refine(self, engine: EditableEngine, step: int) -> None:
@@ -130,22 +131,40 @@ class RowStrategy(DefaultStrategy):
     def _fit(
         self, store: HostStore, summary: RowSummary, duplicates: Tensor, splits: Tensor
     ) -> None:
-        """Where not all new rows have room, keep those with the highest gradient."""
+        """Where not all new rows have room at present, keep those with the highest gradient."""
         wanted = int(duplicates.sum()) + int(splits.sum())
         room = store.room()
         if wanted <= room:
             return
-        if not self._warned_full:
-            self._warned_full = True
-            CONSOLE.print(
-                f"[bold yellow]gsscale:[/bold yellow] the host store is full at {len(store):,} "
-                "Gaussians; from here on only the most needed ones are added, as pruning makes "
-                "room. Raise --pipeline.model.max-gaussians or free host memory to grow further."
-            )
+        if len(store) + room < store.capacity:
+            self._warn_low(len(store))
+        else:
+            self._warn_full(len(store))
         candidates = torch.nonzero(duplicates | splits).flatten()
         weakest = summary.gradient[candidates].argsort()[: wanted - room]
         duplicates[candidates[weakest]] = False
         splits[candidates[weakest]] = False
+
+    def _warn_full(self, rows: int) -> None:
+        if not self._warned_full:
+            self._warned_full = True
+            CONSOLE.print(
+                f"[bold yellow]gsscale:[/bold yellow] the host store is full at {rows:,} "
+                "Gaussians; from here on only the most needed ones are added, as pruning makes "
+                "room. Raise --pipeline.model.max-gaussians to grow further.",
+                soft_wrap=True,
+            )
+
+    def _warn_low(self, rows: int) -> None:
+        if not self._warned_low:
+            self._warned_low = True
+            CONSOLE.print(
+                f"[bold yellow]gsscale:[/bold yellow] host memory is low at {rows:,} Gaussians: "
+                "training goes on, but densification adds only as many as leave memory for a "
+                "checkpoint's copy and for images. Free host memory, or allow the container "
+                "more, and it grows again.",
+                soft_wrap=True,
+            )
 
 
 def pause_after_reset(num_images: int, refine_every: int, reset_every: int) -> int:

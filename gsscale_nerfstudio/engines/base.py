@@ -28,7 +28,7 @@ from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
 from gsscale_nerfstudio.optim.row_group import RowGroup
-from gsscale_nerfstudio.store import GROUPS, HostStore
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 
 
 @contextmanager
@@ -336,6 +336,22 @@ class Engine(ABC):
             self._wait_for_worker()
             self._finish_step()
             return self._fetch(view, viewpoint or self._viewpoint(view))
+
+    def visible_rows(self, view: View) -> int:
+        """How many rows ``view`` may see; to be asked between steps."""
+        self._wait_for_worker()
+        return len(self._cull(view, self.step_count, keep=False))
+
+    @classmethod
+    @abstractmethod
+    def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
+        """Host memory, beside the store, that training takes; proportional to the rows.
+
+        Args:
+            layout: of the rows.
+            rows: in the store.
+            view_rows: of the largest view.
+        """
 
     def _cull(self, view: View, step: int, keep: bool = True) -> Tensor:
         """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-_CONTEXT_BYTES = 600 << 20
+CONTEXT_BYTES = 600 << 20
 """What CUDA, its libraries and compiled kernels take outside of torch's allocator."""
 
 _HEADROOM = 0.9
@@ -36,12 +36,19 @@ class Budget:
             needed: bytes to leave for the training of a view.
             cached_rows: of a cache that there is already.
         """
-        available, taken = float("inf"), 0
+        taken = 0
+        if device.type == "cuda":
+            taken = torch.cuda.memory_allocated(device) - cached_rows * row_bytes
+        # Rows are numbered by 32 bits.
+        rows = (self.available(device) - needed - taken) / row_bytes
+        return int(max(0, min(rows, 2**31 - 1)))
+
+    def available(self, device: torch.device) -> float:
+        """Bytes that torch may take in all, what it has now included; CUDA's own come on top."""
+        available = float("inf")
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            taken = torch.cuda.memory_allocated(device) - cached_rows * row_bytes
             available = _HEADROOM * (free + torch.cuda.memory_reserved(device))
         if self.gigabytes is not None:
-            available = min(available, self.gigabytes * 1e9 - _CONTEXT_BYTES)
-        # Rows are numbered by 32 bits.
-        return int(max(0, min((available - needed - taken) / row_bytes, 2**31 - 1)))
+            available = min(available, self.gigabytes * 1e9 - CONTEXT_BYTES)
+        return available

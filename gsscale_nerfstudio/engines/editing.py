@@ -12,6 +12,12 @@ from gsscale_nerfstudio.engines.base import Engine
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.store.edit import Placement, RowEdit, RowSummary
 from gsscale_nerfstudio.store.layout import GROUPS
+from gsscale_nerfstudio.store.memory import with_spare
+
+
+def summary_bytes(rows: int) -> int:
+    """Host memory that the summary of all rows takes, and the culler's list of ids."""
+    return rows * with_spare(4 * 4 + 4)
 
 
 class EditableEngine(Engine):

@@ -16,7 +16,7 @@ from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.base import uninterrupted
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.colors import Viewpoint
-from gsscale_nerfstudio.engines.editing import EditableEngine
+from gsscale_nerfstudio.engines.editing import EditableEngine, summary_bytes
 from gsscale_nerfstudio.engines.lookahead import (
     ColdRows,
     Outlook,
@@ -30,8 +30,9 @@ from gsscale_nerfstudio.engines.sizing import ViewSizing
 from gsscale_nerfstudio.engines.staging import Staging, Upload
 from gsscale_nerfstudio.engines.streams import Mark, Stress, mark_current, wait, wait_in_stream
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
-from gsscale_nerfstudio.store import GROUPS, HostStore
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
+from gsscale_nerfstudio.store.memory import with_spare
 
 _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
@@ -99,6 +100,12 @@ class HostEngine(EditableEngine):
         self._gradients = [Staging(capacity, width, device) for _ in range(2)]
         self._lists = SplitLists(capacity, device)
         self._summary = Staging(4 * capacity, 0, device)
+
+    @classmethod
+    def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
+        rows_of_views = 4 * layout.width * 4  # outgoing, cold, gradients of two steps
+        positions = 4 * 4
+        return view_rows * with_spare(rows_of_views + positions) + summary_bytes(rows)
 
     def move_to(self, device: torch.device) -> None:
         self._forget_announced()

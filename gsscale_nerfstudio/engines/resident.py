@@ -15,6 +15,7 @@ from torch import Tensor
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.colors import Viewpoint
+from gsscale_nerfstudio.engines.editing import summary_bytes
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
@@ -30,8 +31,9 @@ from gsscale_nerfstudio.engines.streams import (
 from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
-from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.store import HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
+from gsscale_nerfstudio.store.memory import with_spare
 
 LOOK_AHEAD = 16
 """Views after the next one that the cache is told of. On a tiled aerial scene, with a cache of 30 %
@@ -108,6 +110,11 @@ class ResidentEngine(HostEngine):
         self._expected: dict[int, View] = {}  # by number: views that the cache was told of
         self._warned = self._told = False
         self._unfit = False  # rows were added or removed since the cache was fitted
+
+    @classmethod
+    def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
+        # With a cache: spheres of three steps, slots and moves of three views.
+        return view_rows * with_spare(3 * 16 + 3 * 16) + summary_bytes(rows)
 
     # -- before the step -------------------------------------------------------------------------
 

@@ -17,10 +17,21 @@ _VIEW_ROW_BYTES = 700
 """Per row of a view, beside its place in the cache, until it is measured: leaves, colours and their
 gradients (150 bytes), projection, sorting, their gradients."""
 
-_LEAST_VIEW_ROW_BYTES = 300
+LEAST_VIEW_ROW_BYTES = 300
+"""Per row of a view: less was never measured."""
 
 _ROOMY = 8
 """Views' worth of slots from which two views are admitted ahead."""
+
+
+def view_bytes(rows: int, pixels: int, per_row: float = _VIEW_ROW_BYTES) -> int:
+    """Device memory that training a view takes, beside its rows' places in a cache."""
+    return int(rows * per_row + pixels * _PIXEL_BYTES)
+
+
+def with_margin(rows: int) -> int:
+    """Rows to leave room for when the largest view so far has ``rows``: views differ."""
+    return rows + rows // 8
 
 
 class ViewSizing:
@@ -79,7 +90,7 @@ class CacheSizing(ViewSizing):
     @property
     def row_bytes(self) -> int:
         """Of a row in the cache, and on the link."""
-        return 3 * self._layout.width * 4
+        return self._layout.cached_bytes
 
     def saw(self, rows: int, pixels: int) -> None:
         """A view has so many rows."""
@@ -89,7 +100,7 @@ class CacheSizing(ViewSizing):
 
     def leave_room_for(self, rows: int) -> None:
         """A view turned out to be larger than there is room for."""
-        self.view_rows = max(self.view_rows, rows + rows // 8)
+        self.view_rows = max(self.view_rows, with_margin(rows))
 
     def limit(self, cached_rows: int) -> int:
         """Largest number of rows that a cache may hold, if there is one of ``cached_rows``.
@@ -99,8 +110,8 @@ class CacheSizing(ViewSizing):
         if self._device.type == "cuda":
             allocated = torch.cuda.memory_allocated(self._device)
             self._taken = allocated - cached_rows * self.row_bytes
-        needed = self.view_rows * self._per_row + self._pixels * _PIXEL_BYTES
-        return self._budget.cache_rows(self._device, self.row_bytes, int(needed), cached_rows)
+        needed = view_bytes(self.view_rows, self._pixels, self._per_row)
+        return self._budget.cache_rows(self._device, self.row_bytes, needed, cached_rows)
 
     def observe(self, cached_rows: int) -> None:
         """Learn what a row of a view needs: it depends on how many tiles of the image it covers.
@@ -112,7 +123,7 @@ class CacheSizing(ViewSizing):
             # Memory that was needed once stays reserved, until it is given back.
             beside = torch.cuda.memory_reserved(self._device) - cached_rows * self.row_bytes
             per_row = (beside - self._taken - pixels * _PIXEL_BYTES) / rows
-            self._per_row = max(_LEAST_VIEW_ROW_BYTES, per_row)
+            self._per_row = max(LEAST_VIEW_ROW_BYTES, per_row)
 
     def memory_given_back(self) -> None:
         """Torch has let go of what views needed so far."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
-from gsscale_nerfstudio.store.memory import ReservedArray
+from gsscale_nerfstudio.store.memory import ReservedArray, with_spare
 
 
 class Staging:
@@ -77,7 +77,7 @@ class Upload:
             if len(rows) > len(self._buffer):
                 n, width = rows.shape
                 self._buffer = rows.new_empty(0)  # or both would be on the device at once
-                self._buffer = torch.empty(n + n // 4, width, device=self._device)
+                self._buffer = torch.empty(with_spare(n), width, device=self._device)
                 # Memory of the link's stream, read in the current one: when it is freed, the
                 # allocator must not give it away before those reads are done.
                 self._buffer.record_stream(torch.cuda.default_stream(self._device))

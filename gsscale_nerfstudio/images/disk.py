@@ -29,7 +29,7 @@ Data = dict[str, Any]
 
 _READS_PER_THREAD = 4
 """Images wanted ahead per thread: enough to be read while a few images in a row stay in memory."""
-_STAGED = 3
+STAGED = 3
 """Images in page-locked memory: the present, the next, and the one after, which is copied there."""
 
 
@@ -120,6 +120,11 @@ class DiskImages:
     def __len__(self) -> int:
         return len(self._sizes)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of the images that have been read and stay in memory."""
+        return sum(self._sizes[index] for index, image in self._kept.items() if image.done())
+
     def announce(self, order: Sequence[int]) -> None:
         """The next images that will be asked for, the present one first; others are let go.
 
@@ -129,11 +134,11 @@ class DiskImages:
         order = order[: self.ahead]
         self._announced = set(order)
         _keep_only(self._passing, order)
-        _keep_only(self._staged, order[:_STAGED])
+        _keep_only(self._staged, order[:STAGED])
         for index in order:
             self._reading(index)
         if self._stager is not None:
-            for index in order[:_STAGED]:
+            for index in order[:STAGED]:
                 if index not in self._staged:
                     self._staged[index] = self._stager.submit(_staged, self._reading(index))
 

@@ -15,10 +15,14 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 
+from gsscale_nerfstudio.images.disk import STAGED
 from gsscale_nerfstudio.store.memory import available_memory
 
 _SHARE = 4
 """Images may take one part in this many of the host memory that is available: rows need it, too."""
+
+_DECODING = 3
+"""Images' worth of memory that a thread takes while it reads one."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,20 @@ class Placement:
     """What :func:`place` decided.
 
     Attributes:
-        where: Nerfstudio's names, or ``disk``. With that:
-        budget: bytes for images in memory.
-        threads: how many read images.
+        where: Nerfstudio's names, or ``disk``.
         sizes: bytes of each image when decoded, for each data set.
+        in_host: bytes of host memory that images will take, for each data set.
+        on_gpu: bytes of GPU memory that images will take.
+        budget: with ``disk``, bytes for training images in memory.
+        threads: with ``disk``, how many read them.
     """
 
     where: Literal["cpu", "gpu", "disk"]
+    sizes: tuple[list[int], ...]
+    in_host: tuple[int, ...]
+    on_gpu: int = 0
     budget: int = 0
     threads: int = 0
-    sizes: tuple[list[int], ...] = ()
 
 
 def place(
@@ -50,7 +58,7 @@ def place(
 
     Args:
         wanted: ``auto``: in memory if all images fit into the budget, else on the disk.
-        datasets: whose images are to be kept.
+        datasets: whose images are to be kept; those of training first.
         device: they are used there; on the CPU nothing is page-locked.
         image_type: element type.
         memory_gb: the budget, in 10^9 bytes. None: a quarter of the available host memory.
@@ -60,20 +68,24 @@ def place(
         OSError: a file is missing or no image.
         ValueError: an image is not as large as its camera says.
     """
-    # Nerfstudio page-locks with "cpu", which needs CUDA; "gpu" is its name for the device.
-    in_memory: Literal["cpu", "gpu"] = "gpu" if device.type == "cpu" else "cpu"
-    if wanted == "gpu":
-        return Placement("gpu")
-    if wanted == "cpu":
-        return Placement(in_memory)
     threads = threads or len(os.sched_getaffinity(0))
     sizes = tuple(decoded_bytes(data, image_type, threads) for data in datasets)
     every = [size for data in sizes for size in data]
-    needed = every if in_memory == "gpu" else map(_page_locked, every)
+    # The present one and the next.
+    shown = 2 * max(every, default=0) if device.type == "cuda" else 0
+    if device.type == "cpu":  # Nerfstudio page-locks with "cpu", which needs CUDA
+        in_memory = Placement("gpu", sizes, tuple(map(sum, sizes)))
+    else:
+        locked = tuple(sum(map(_page_locked, data)) for data in sizes)
+        in_memory = Placement("cpu", sizes, locked, shown)
+    if wanted == "gpu" and device.type == "cuda":  # Nerfstudio's name for the device
+        return Placement("gpu", sizes, (0,) * len(sizes), sum(every))
+    if wanted in ("gpu", "cpu"):
+        return in_memory
     available = available_memory()
     budget = available // _SHARE if memory_gb is None else int(memory_gb * 1e9)
-    if wanted == "auto" and sum(needed) <= budget:
-        return Placement(in_memory)
+    if wanted == "auto" and sum(in_memory.in_host) <= budget:
+        return in_memory
     of = f" of the {available / 1e9:.1f} GB available" if memory_gb is None else ""
     CONSOLE.print(
         f"gsscale: the {len(every):,} images, {sum(every) / 1e9:.1f} GB when decoded, are read "
@@ -83,7 +95,20 @@ def place(
         highlight=False,
         soft_wrap=True,
     )
-    return Placement("disk", budget, threads, sizes)
+    in_host = _in_host(sizes, budget, threads, page_lock=device.type == "cuda")
+    return Placement("disk", sizes, in_host, shown, budget, threads)
+
+
+def _in_host(
+    sizes: tuple[list[int], ...], budget: int, threads: int, page_lock: bool
+) -> tuple[int, ...]:
+    """Bytes that images from the disk take in host memory: training's, and of others two each."""
+    train, *others = sizes
+    largest = max(train, default=0)
+    taken = min(budget, sum(train)) + _DECODING * min(threads, len(train)) * largest
+    if page_lock:
+        taken += STAGED * _page_locked(largest)
+    return taken, *(2 * max(data, default=0) for data in others)
 
 
 def decoded_bytes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,26 @@ from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store.edit import Placement, RowEdit, place
 from gsscale_nerfstudio.store.layout import GROUPS, STATISTICS, RowLayout
-from gsscale_nerfstudio.store.memory import ReservedArray, available_memory, memory_limit
+from gsscale_nerfstudio.store.memory import (
+    ReservedArray,
+    available_memory,
+    memory_limit,
+    pin_chunk,
+)
 from gsscale_nerfstudio.store.order import morton_order
 
 UNBOUNDED_ROWS = 1 << 28
 """Address space taken when the user names no capacity; physical memory is the limit then."""
+
+
+def headroom() -> int:
+    """Bytes of host memory that rows leave to the rest of the process and the machine."""
+    return max(1 << 29, memory_limit() // 50)
+
+
+def locked_ahead(layout: RowLayout, rows: int) -> int:
+    """Bytes that page-locking takes, in chunks, beyond ``rows`` rows; at most."""
+    return 3 * pin_chunk(rows * layout.width * 4)
 
 
 class HostStore:
@@ -29,6 +44,11 @@ class HostStore:
     Args:
         layout: the columns of a row.
         max_rows: capacity; None takes as many rows as physical memory will hold.
+
+    Attributes:
+        claims: gives bytes of host memory that others are still going to take: :meth:`room` leaves
+            them.
+        beside_row: bytes of other host memory that comes with each row that is added.
 
     Raises:
         GSScaleError: ``max_rows`` rows cannot fit into this machine's memory.
@@ -64,6 +84,8 @@ class HostStore:
         self._n = 0
         self._dirty_end = 0  # rows from here on have never been written
         self._unsorted = 0
+        self.claims: Callable[[], int] = lambda: 0
+        self.beside_row = 0.0
 
     def __len__(self) -> int:
         return self._n
@@ -71,7 +93,7 @@ class HostStore:
     @property
     def row_bytes(self) -> int:
         """Bytes of host memory that one Gaussian takes while it is trained."""
-        return 3 * self.layout.width * 4 + 16
+        return self.layout.stored_bytes
 
     # -- columns ---------------------------------------------------------------------------------
 
@@ -128,18 +150,59 @@ class HostStore:
     # -- growing and shrinking -------------------------------------------------------------------
 
     def room(self) -> int:
-        """How many rows can still be added: capacity, and memory with some headroom for others."""
-        headroom = max(1 << 29, memory_limit() // 50)
-        by_memory = max(0, available_memory() - headroom) // self.row_bytes
-        return min(self.capacity - self._n, by_memory)
+        """How many rows can be added now: by capacity, and by the memory that is free at present.
+
+        Left alone are memory for a checkpoint's copy of all rows, for :attr:`claims`, and
+        :func:`headroom`. Rows that were removed leave their memory to new ones.
+        """
+        snapshot = self.layout.snapshot_bytes
+        free = available_memory() - headroom() - self.claims() - self._n * snapshot
+        if self._arrays[0].pinned_rows:
+            free -= locked_ahead(self.layout, self._held)
+        held, beside = self._held - self._n, snapshot + self.beside_row
+        # The first new rows take only what comes beside them.
+        within = free / beside
+        beyond = (free + held * self.row_bytes) / (self.row_bytes + beside)
+        return min(self.capacity - self._n, max(0, int(min(within, beyond))))
+
+    @property
+    def _held(self) -> int:
+        """Rows whose memory has been taken: they were in use once, or are page-locked."""
+        return max(self._n, self._dirty_end, self._arrays[0].pinned_rows)
+
+    @property
+    def taken_bytes(self) -> int:
+        """Host memory that rows have taken; without the moments, until these are page-locked."""
+        return self._held * self._taken_row
+
+    @property
+    def _taken_row(self) -> int:
+        """Bytes that a row takes at once, before anything is written to its moments."""
+        return self.row_bytes if self._arrays[0].pinned_rows else self.layout.width * 4 + 16
+
+    def _require(self, size: int, n: int) -> None:
+        """See that ``size`` bytes for ``n`` rows can be taken without the process being killed."""
+        available = available_memory()
+        if size > available:
+            raise GSScaleError(
+                f"{n:,} Gaussians need {size / 1e9:.1f} GB more host memory, and "
+                f"{available / 1e9:.1f} GB are available (in a container, within its limit); free "
+                "host memory, or begin with fewer points"
+            )
 
     def resize(self, n: int) -> None:
-        """Set the number of rows in use. Added rows hold zeros."""
+        """Set the number of rows in use. Added rows hold zeros.
+
+        Raises:
+            GSScaleError: more rows than the capacity, or than host memory holds at present.
+        """
         if not 0 <= n <= self.capacity:
             raise GSScaleError(
                 f"{n:,} Gaussians exceed the store's capacity of {self.capacity:,}; raise "
                 "--pipeline.model.max-gaussians"
             )
+        if n > self._held:
+            self._require((n - self._held) * self._taken_row, n)
         if n > self._n:
             # Rows beyond the end are zero unless rows were removed there before.
             for array in (self.params, self.exp_avg, self.exp_avg_sq):
@@ -209,6 +272,12 @@ class HostStore:
         return order
 
     def pin(self, n: int | None = None) -> None:
-        """Page-lock the rows in use (and those added later) for access by the GPU."""
+        """Page-lock the rows in use (and those added later) for access by the GPU.
+
+        Raises:
+            GSScaleError: host memory does not hold their moments, or CUDA could not lock it.
+        """
+        if not self._arrays[0].pinned_rows:
+            self._require(self._n * (self.row_bytes - self._taken_row), self._n)
         for array in self._arrays:
             array.pin(max(1, self._n if n is None else n))

@@ -82,6 +82,21 @@ class RowLayout:
         used = self.optimized + len(BOOKKEEPING)
         return (used + _ALIGN - 1) // _ALIGN * _ALIGN
 
+    @property
+    def cached_bytes(self) -> int:
+        """Of a row with its moments: in a cache on the device, and on the link."""
+        return 3 * self.width * 4
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of a row in the host store: with its moments and its bounding sphere."""
+        return self.cached_bytes + 16
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Of the copy of a row that a checkpoint holds until it is written."""
+        return (3 * self.optimized + len(STATISTICS)) * 4
+
     @cached_property
     def group_of_column(self) -> np.ndarray:
         """[width] int32: index into :data:`GROUPS`, ``len(GROUPS)`` for all other columns."""

@@ -21,6 +21,17 @@ _PIN_CHUNKS = 16 << 20, 256 << 20
 gets small chunks; a large one would need too many of them."""
 
 
+def pin_chunk(locked: int) -> int:
+    """Bytes that are page-locked at a time, and so at most ahead of use, behind ``locked`` ones."""
+    smallest, largest = _PIN_CHUNKS
+    return max(smallest, min(locked, largest))
+
+
+def with_spare(size: int) -> int:
+    """Bytes that are page-locked in one piece when ``size`` are needed: the next may be larger."""
+    return size + size // 4
+
+
 # Files with a cgroup's limit and use of memory: version 2, then version 1.
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -118,9 +129,8 @@ class ReservedArray:
         Raises:
             GSScaleError: CUDA could not lock the memory.
         """
-        smallest, largest = _PIN_CHUNKS
         while self._pinned_end < min(rows * self._row_bytes, self._total_bytes):
-            self._lock(max(smallest, min(self._pinned_end, largest)))
+            self._lock(pin_chunk(self._pinned_end))
 
     def pin_whole(self, rows: int) -> None:
         """Page-lock the memory of the first ``rows`` rows as one piece, for copies.
@@ -133,7 +143,7 @@ class ReservedArray:
         wanted = min(rows * self._row_bytes, self._total_bytes)
         if self._pinned_end < wanted:
             self.unpin()
-            self._lock(max(_PIN_CHUNKS[0], wanted + wanted // 4))
+            self._lock(max(_PIN_CHUNKS[0], with_spare(wanted)))
 
     @property
     def _total_bytes(self) -> int:

@@ -71,6 +71,42 @@ def test_a_quarter_of_the_available_memory_decides(scene, monkeypatch, capsys):
     assert place("cpu", datasets, CUDA, "uint8").where == "cpu"
 
 
+def test_memory_that_images_will_take(scene, monkeypatch):
+    data = ours(scene)
+    datasets = data.train_dataset, data.eval_dataset
+    train, held_out = (len(dataset) for dataset in datasets)
+    size, locked = PIXELS * 3, 16384
+
+    def takes(wanted, device, **options):
+        found = place(wanted, datasets, device, "uint8", threads=2, **options)
+        return found.in_host, found.on_gpu
+
+    for wanted in ("cpu", "gpu"):
+        assert takes(wanted, CPU) == ((train * size, held_out * size), 0)
+    assert takes("cpu", CUDA) == ((train * locked, held_out * locked), 2 * size)
+    assert takes("gpu", CUDA) == ((0, 0), (train + held_out) * size)
+    # Three images for each of two threads; page-locked, the present one and two more.
+    budget = 2.5 * size
+    from_disk = int(budget) + 6 * size
+    assert takes("disk", CPU, memory_gb=budget / 1e9) == ((from_disk, 2 * size), 0)
+    assert takes("disk", CUDA, memory_gb=budget / 1e9) == (
+        (from_disk + 3 * locked, 2 * size),
+        2 * size,
+    )
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_images_in_memory_are_not_to_come_any_more(where, scene):
+    budget = {"image_memory_gb": 1.0} if where == "disk" else {}
+    data = ours(scene, cache_images=where, **budget)
+    train, held_out = data.image_placement.in_host
+    assert data.image_bytes_to_come() == train + held_out
+    for index in range(len(data.train_dataset)):
+        data.cached_train[index]
+    kept = len(data.train_dataset) * PIXELS * 3
+    assert data.image_bytes_to_come() == train + held_out - kept
+
+
 def test_the_sentence_names_sizes_and_flags(scene, capsys):
     data = ours(scene, image_memory_gb=5e-5, max_thread_workers=3)
     data.next_train(0)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
-from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, host
 from gsscale_nerfstudio.store.edit import RowEdit
 from gsscale_nerfstudio.store.memory import ReservedArray
 from gsscale_nerfstudio.store.order import morton_order
@@ -233,3 +233,52 @@ def test_permute_rows(n):
 def test_permute_refuses_what_is_no_permutation():
     with pytest.raises(ValueError, match="not a permutation"):
         _C.permute_rows(torch.zeros(3, 16).numpy(), np.array([0, 1, 1], dtype=np.int32))
+
+
+def rows_of(n: int) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(n, *LAYOUT.shapes[name]) for name in GROUPS}
+
+
+def test_room_leaves_memory_for_a_copy_of_all_rows_and_for_others(monkeypatch):
+    store = HostStore(LAYOUT, max_rows=20_000)
+    store.append(rows_of(1000), stamp=0)
+    monkeypatch.setattr(host, "available_memory", lambda: free)
+    copy = 4 * (3 * LAYOUT.optimized + 3)
+    store.claims, store.beside_row = (lambda: 5_000_000), 30.0
+    others = host.headroom() + 5_000_000
+    free = others + 3000 * copy + 2000 * (store.row_bytes + 30)
+    assert store.room() == 2000
+    free -= copy + store.row_bytes
+    assert store.room() == 1999
+    free = others + 1000 * copy
+    assert store.room() == 0
+    free = 0
+    assert store.room() == 0
+    free = 1 << 40
+    assert store.room() == 19_000
+
+
+def test_removed_rows_leave_their_memory_to_new_ones(monkeypatch):
+    store = HostStore(LAYOUT, max_rows=20_000)
+    store.append(rows_of(1000), stamp=0)
+    store.resize(400)
+    monkeypatch.setattr(host, "available_memory", lambda: free)
+    copy = 4 * (3 * LAYOUT.optimized + 3)
+    free = host.headroom() + 900 * copy
+    assert store.room() == 500  # enough for the copy only
+    free = host.headroom() + 1100 * copy + 100 * store.row_bytes
+    assert store.room() == 700
+
+
+def test_rows_beyond_the_memory_are_refused(monkeypatch):
+    store = HostStore(LAYOUT, max_rows=20_000)
+    store.append(rows_of(1000), stamp=0)
+    rendered = 4 * LAYOUT.width + 16
+    monkeypatch.setattr(host, "available_memory", lambda: 500 * rendered)
+    store.resize(1500)
+    with pytest.raises(GSScaleError, match=r"2,001 Gaussians need .* begin with fewer points"):
+        store.resize(2001)
+    assert len(store) == 1500
+    assert store.taken_bytes == 1500 * rendered
+    with pytest.raises(GSScaleError, match="more host memory"):
+        store.pin()  # the moments' turn
