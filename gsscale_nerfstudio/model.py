@@ -54,7 +54,8 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3. When the
     limit is reached, densification goes on with the most needed ones only. Training does not begin
     if host memory cannot hold them, with the copy that a checkpoint takes while it is written.
-    Unset: as many as host memory holds at the time. GPU memory and speed depend on the Gaussians that a view sees, not on this."""
+    Unset: as many as host memory holds at the time. GPU memory and speed depend on the Gaussians
+    that a view sees, not on this."""
     engine: Literal["auto", "host", "resident"] = "auto"
     """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
     the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
