@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from nerfstudio.configs.method_configs import method_configs
-from nerfstudio.engine.trainer import Trainer, TrainerConfig
-from nerfstudio.models import splatfacto
+from nerfstudio.engine.trainer import Trainer
 from nerfstudio.models.splatfacto import SplatfactoModel
 
-from benchmarks import cpu_splatfacto
 from gsscale_nerfstudio.model import GSScaleModel
 from gsscale_nerfstudio.store import GROUPS
 from gsscale_nerfstudio.store.order import morton_order
+from tests.model import splatfacto
+from tests.model.splatfacto import splatfacto_config
 from tests.runs import make_config, tiny_scene, train
-
-
-class Network(torch.nn.Module):
-    """In LPIPS's place: splatfacto's checkpoints have its weights, and it would be downloaded."""
-
-    def __init__(self, normalize: bool) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +24,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """splatfacto itself, with our rasterizer for gsplat's."""
-    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", Network)
-    monkeypatch.setattr(splatfacto, "rasterization", cpu_splatfacto.rasterization)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)
-    with torch._dynamo.config.patch(disable=True):  # compiling takes longer than a run
+def on_the_cpu() -> Iterator[None]:
+    with splatfacto.on_the_cpu():
         yield
-
-
-def splatfacto_config(scene: Path, output: Path, steps: int) -> TrainerConfig:
-    ours = make_config(scene, output, steps)
-    config = copy.deepcopy(method_configs["splatfacto"])
-    for name in ("data", "machine", "output_dir", "vis", "viewer", "max_num_iterations"):
-        setattr(config, name, getattr(ours, name))
-    config.pipeline.datamanager.data = scene
-    config.pipeline.datamanager.dataparser = ours.pipeline.datamanager.dataparser
-    config.pipeline.model.num_downscales = 0
-    config.set_timestamp()
-    return config
 
 
 def rows_of(pipeline: dict, optimizers: dict) -> torch.Tensor:
