@@ -142,6 +142,9 @@ def evaluated(trainer: Trainer) -> dict[str, Tensor]:
     found = {f"evaluation's {name}": torch.tensor(value) for name, value in metrics.items()}
     for name in ("num_rays_per_sec", "fps"):
         del found[f"evaluation's {name}"]
+    _, losses, metrics = trainer.pipeline.get_eval_loss_dict(step=trainer.pipeline.model.step)
+    for name, value in {**losses, **metrics}.items():  # --steps-per-eval-batch
+        found[f"held-out {name}"] = torch.as_tensor(value).detach()
     trainer.pipeline.eval()
     camera = trainer.pipeline.datamanager.eval_dataset.cameras[0:1]
     outputs = trainer.pipeline.model.get_outputs_for_camera(camera)

@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import method_configs
+from nerfstudio.models.splatfacto import SplatfactoModelConfig
 
 from gsscale_nerfstudio.config import gsscale, gsscale_big
+from tests.model.test_same_as_splatfacto import DENSIFICATION, FLAGS
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "features.md").read_text()
+
+
+def flags_of(config: type, prefix: str = "") -> set[str]:
+    names = {field.name for field in dataclasses.fields(config)} - {"_target"}
+    return {prefix + name.replace("_", "-") for name in names}
+
+
+def test_every_flag_is_in_the_table() -> None:
+    section = PAGE[PAGE.index("## The model") : PAGE.index("## Optimizers")]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = [flag for row in rows for flag in re.findall("`(.+?)`", row)]
+    assert len(named) == len(set(named))
+    expected = flags_of(SplatfactoModelConfig) - {"camera-optimizer"}
+    assert set(named) == expected | flags_of(CameraOptimizerConfig, "camera-optimizer.")
+
+
+def test_every_test_that_is_named_exists() -> None:
+    files = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(files), re.MULTILINE))
+    named = re.findall(r"`(test_\w+)(?:\[(.+?)\])?`", PAGE)
+    assert {function for function, _ in named} <= defined
+    cases = {"test_flag": FLAGS, "test_densification_flag": DENSIFICATION}
+    for function, table in cases.items():
+        assert {case for f, case in named if f == function and case} == set(table)
+    assert all(function in cases for function, case in named if case)
+    paths = re.findall(r"`(tests/.+?)`", PAGE)
+    assert paths and all((ROOT / path).exists() for path in paths)
 
 
 @pytest.mark.parametrize("ours, name", [(gsscale, "splatfacto"), (gsscale_big, "splatfacto-big")])

@@ -1,15 +1,16 @@
-"""Nerfstudio's flags that reach into the rows do what they do with splatfacto."""
+"""Nerfstudio's flags that reach into the rows; see test_same_as_splatfacto.py, too."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from gsscale_nerfstudio.engines.working_set import LEAVES
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import GROUPS
+from gsscale_nerfstudio.supported import refuse_unsupported
 from tests.runs import make_config, tiny_scene, train
 
 
@@ -73,30 +74,6 @@ def test_learning_rate_flags_reach_the_rows(scene, tmp_path):
     assert not torch.equal(trainer.pipeline.model.features_dc, colors)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_bilateral_grid": True},
-        {"sh_degree": 0},
-        {"rasterize_mode": "antialiased"},
-        {"background_color": "white"},
-        {"random_init": True, "num_random": 400, "random_scale": 3.0},
-        {"use_absgrad": False},
-        {"output_depth_during_training": True},
-        {"use_scale_regularization": True, "max_gauss_ratio": 1.5},
-        {"color_corrected_metrics": True},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_options_of_splatfacto_train(options, scene, tmp_path):
-    trainer = train(make_config(scene, tmp_path, steps=4, **options))
-    model = trainer.pipeline.model
-    assert all(model.gauss_params[name].isfinite().all() for name in GROUPS)
-    metrics = trainer.pipeline.get_average_eval_image_metrics()
-    assert math.isfinite(metrics["psnr"])
-    assert ("cc_psnr" in metrics) == options.get("color_corrected_metrics", False)
-
-
 def test_scale_regularization_has_splatfactos_weight(scene, tmp_path):
     """On a view that sees all rows it is splatfacto's mean over all Gaussians."""
     config = make_config(scene, tmp_path, use_scale_regularization=True, max_gauss_ratio=2.0)
@@ -115,14 +92,6 @@ def test_scale_regularization_has_splatfactos_weight(scene, tmp_path):
     torch.testing.assert_close(model._scale_regularization(), expected)
 
 
-def test_camera_optimizer_moves_the_poses(scene, tmp_path):
-    config = make_config(scene, tmp_path, steps=8)
-    config.pipeline.model.camera_optimizer.mode = "SO3xR3"
-    config.optimizers["camera_opt"]["scheduler"] = None
-    trainer = train(config)
-    assert trainer.pipeline.model.camera_optimizer.pose_adjustment.abs().max() > 0
-
-
 def test_moving_the_model_leaves_the_rows(scene, tmp_path):
     trainer = train(make_config(scene, tmp_path, steps=2))
     model = trainer.pipeline.model
@@ -131,3 +100,25 @@ def test_moving_the_model_leaves_the_rows(scene, tmp_path):
     assert model.engine.store.params.data_ptr() == address
     assert model.means.dtype == torch.float32
     assert model.means.data_ptr() == address  # a view, no copy
+
+
+def test_metrics_of_steps_that_are_logged(scene, tmp_path):
+    config = make_config(scene, tmp_path)
+    config.logging.steps_per_log = 3
+    trainer = config.setup()
+    trainer.setup()
+    trainer.pipeline.train()
+    has = []
+    for step in range(7):
+        for callback in trainer.callbacks:
+            callback.run_callback_at_location(step, callback.where_to_run[0])
+        has.append("psnr" in trainer.train_iteration(step)[2])
+    assert has == [step % 3 == 0 for step in range(7)]
+
+
+def test_several_gpus_are_refused(scene, tmp_path):
+    trainer = make_config(scene, tmp_path).setup()
+    trainer.setup()
+    trainer.world_size = 2
+    with pytest.raises(GSScaleError, match=r"--machine\.num-devices 1"):
+        refuse_unsupported(trainer.optimizers, trainer)

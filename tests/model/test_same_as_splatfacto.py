@@ -137,6 +137,13 @@ def test_flag(flag: str, folder: Path) -> None:
     agree(ours, theirs)
 
 
+def test_the_resident_engine_too(folder: Path) -> None:
+    """Its kernels run in Triton's interpreter; the other tests are with the host engine."""
+    ours = set_all(make_config(scene_in(folder, None), folder / "resident"), SH_AT_ONCE)
+    ours.pipeline.model.engine = "resident"
+    agree(train(ours, STEPS), without_flags(folder))
+
+
 # -- data ----------------------------------------------------------------------------------------
 
 
