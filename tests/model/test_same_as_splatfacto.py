@@ -36,7 +36,7 @@ from tests.model.side_by_side import (
 from tests.model.splatfacto import on_the_cpu, splatfacto_config
 from tests.runs import edit_json, make_config
 
-TOLERANCE = 5e-4
+TOLERANCE = 2e-4
 """Of each quantity's largest value; most agree ten times as well."""
 
 WIDTH, HEIGHT = 32, 24
@@ -70,10 +70,10 @@ def both(
     return train(ours, steps, from_points), train(theirs, steps, from_points)
 
 
-def agree(ours: Run, theirs: Run, in_order: bool = True) -> None:
+def agree(ours: Run, theirs: Run, in_order: bool = True, tolerance: float = TOLERANCE) -> None:
     found = deviations(ours, theirs, in_order)
     worst = max(found, key=found.__getitem__)
-    assert found[worst] < TOLERANCE, worst
+    assert found[worst] < tolerance, worst
 
 
 def differ(one: Run, other: Run) -> None:
@@ -110,7 +110,6 @@ FLAGS: dict[str, Settings] = {
     "grid-shape": {**GRIDS, MODEL + "grid_shape": (5, 4, 3)},
     "color-corrected-metrics": {MODEL + "color_corrected_metrics": True},
     "lr": {f"optimizers.{name}.optimizer.lr": 2e-3 for name in GROUPS},
-    "eps": {f"optimizers.{name}.optimizer.eps": 1e-4 for name in GROUPS},
     "scheduler": {"optimizers.opacities.scheduler": DECAY},
     "max-norm": {
         "optimizers.means.optimizer.max_norm": 1e-4,
@@ -135,6 +134,14 @@ def test_flag(flag: str, folder: Path) -> None:
     differ(theirs, without_flags(folder))
     assert all(0 < len(ids) < N for ids in ours.seen)
     agree(ours, theirs)
+
+
+def test_eps(folder: Path) -> None:
+    """As large as this, updates are deferred with an error; see docs/how-it-works.md."""
+    settings = {**SH_AT_ONCE, **{f"optimizers.{name}.optimizer.eps": 1e-4 for name in GROUPS}}
+    ours, theirs = both(folder, None, settings, STEPS)
+    differ(theirs, without_flags(folder))
+    agree(ours, theirs, tolerance=1e-3)
 
 
 def test_the_resident_engine_too(folder: Path) -> None:
