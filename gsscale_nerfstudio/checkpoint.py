@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from gsscale_nerfstudio import streamed
 from gsscale_nerfstudio.errors import GSScaleError
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -55,7 +56,7 @@ def save(state: dict[str, Any], path: Path, scratch: Path) -> None:
     """Write a checkpoint so that a crash at any moment leaves a whole file or none.
 
     Args:
-        state: what ``torch.save`` is to write.
+        state: what ``torch.save`` is to write; tensors may be strided views.
         path: final name.
         scratch: folder on the same file system for the unfinished file. Not the checkpoint folder:
             Nerfstudio takes every file in there for a checkpoint.
@@ -67,10 +68,7 @@ def save(state: dict[str, Any], path: Path, scratch: Path) -> None:
     unfinished = scratch / ".unfinished.ckpt.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            torch.save(plain(state), file)
-            file.flush()
-            os.fsync(file.fileno())
+        streamed.save(plain(state), unfinished)
         os.replace(unfinished, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -107,16 +105,18 @@ def is_whole(path: Path) -> bool:
     """Whether ``path`` is a complete checkpoint.
 
     Found: a file that ends too early, wherever, and damage to the archive's directory, to the head
-    of any record and to any record of at most 1 MiB. Rows of a large scene are not looked through,
-    which would mean to read all of the file once more: no crash can damage them, since a file gets
-    its name when all of it is on the disk.
+    of any record, and to any record of at most 1 MiB that has a checksum: what says which tensors
+    there are, but not tensors that were written in place. These are not looked through, which
+    would mean to read all of the file once more: no crash can damage them, since a file gets its
+    name when all of it is on the disk.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             for record in records:
                 with archive.open(record) as content:
-                    if record.file_size <= _SMALL:
+                    # What was written in place has a checksum of 0.
+                    if record.file_size <= _SMALL and record.CRC != 0:
                         content.read()  # compares checksums
             return any(record.filename.endswith("/data.pkl") for record in records)
     except Exception:  # whatever zipfile makes of damaged bytes

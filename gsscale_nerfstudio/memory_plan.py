@@ -254,8 +254,13 @@ def _upload_bytes(layout: RowLayout, view_rows: int) -> int:
     return with_spare(view_rows) * layout.width * 4
 
 
+_MOST_PARTS = 64
+"""That a view is reasonably drawn in."""
+
+
 def _refuse_small_gpu(given: Circumstances, gpu: Gpu) -> None:
-    view = view_bytes(given.view_rows, given.view_pixels, LEAST_VIEW_ROW_BYTES)
+    # Of a view that is drawn in parts.
+    view = view_bytes(given.view_rows // _MOST_PARTS, given.view_pixels, LEAST_VIEW_ROW_BYTES)
     least = CONTEXT_BYTES + gpu.images + view
     if least <= gpu.available:
         return
@@ -271,8 +276,8 @@ def _refuse_small_gpu(given: Circumstances, gpu: Gpu) -> None:
     raise GSScaleError(
         f"{_gb(gpu.available)} of GPU memory do not hold what the largest training view takes: at "
         f"least {_gb(least)}, of which CUDA {_gb(CONTEXT_BYTES)}, images {_gb(gpu.images)}, and "
-        f"{_gb(view)} for {given.view_rows:,} Gaussians and {given.view_pixels / 1e6:.1f} million "
-        f"pixels; {remedy}"
+        f"{_gb(view)} for {given.view_pixels / 1e6:.1f} million pixels, drawn in parts, and a "
+        f"{_MOST_PARTS}th of {given.view_rows:,} Gaussians; {remedy}"
     )
 
 
@@ -291,7 +296,10 @@ def _gpu_advice(given: Circumstances, gpu: Gpu, capacity: int) -> list[str]:
     if gpu.available >= gpu.free:
         more = "smaller images or --pipeline.model.max-gaussians help"
     if not fits(capacity):
-        advice.append(f"{_from(given, fits)} a view may need more GPU memory than there is; {more}")
+        advice.append(
+            f"{_from(given, fits)} the largest view does not fit into the GPU's memory and is "
+            f"drawn in parts, which takes a second forward pass; {more}"
+        )
     elif gpu.caches and not _caches(given, capacity):
         since = _from(given, lambda rows: _caches(given, rows))
         advice.append(

@@ -116,8 +116,10 @@ class GSScaleTrainer(Trainer):
     def save_checkpoint(self, step: int) -> None:
         """Write ``step-NNNNNNNNN.ckpt``, in Nerfstudio's format, atomically."""
         path = checkpoint.path_of(self.checkpoint_dir, step)
-        # Taken between steps, but Nerfstudio lets the viewer's thread render at that time.
-        with self.train_lock:
+        # Between steps, but Nerfstudio lets the viewer's thread render at that time. Rows are
+        # written from where they are, so that training waits for the disk: a copy to go on from
+        # would take as much memory again as all rows.
+        with self.train_lock, self.pipeline.model.engine.store.lent():
             state = {
                 "step": step,
                 "pipeline": self.pipeline.state_dict(),
@@ -129,7 +131,7 @@ class GSScaleTrainer(Trainer):
                     "random": random_state(self.device),
                 },
             }
-        checkpoint.save(state, path, scratch=self.base_dir)
+            checkpoint.save(state, path, scratch=self.base_dir)
         if self.config.save_only_latest_checkpoint:
             for other in self.checkpoint_dir.glob("*.ckpt"):
                 if other != path:

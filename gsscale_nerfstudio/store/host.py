@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ class HostStore:
             layout.kernel_columns,
         )
         self._n = 0
+        self._lent = False
         self._dirty_end = 0  # rows from here on have never been written
         self._unsorted = 0
         self.claims: Callable[[], int] = lambda: 0
@@ -111,8 +114,22 @@ class HostStore:
         """Contiguous copy [n, *shape] of one group's columns, with memory of its own.
 
         For files: ``torch.save`` of a view, even an empty one, writes the whole store behind it.
+        Inside of :meth:`lent` it is a view nevertheless.
         """
-        return self.column(name, array).clone(memory_format=torch.contiguous_format)
+        column = self.column(name, array)
+        return column if self._lent else column.clone(memory_format=torch.contiguous_format)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """States that are taken inside have views of the store in the place of copies.
+
+        For who writes them before rows change, and can write views.
+        """
+        self._lent = True
+        try:
+            yield
+        finally:
+            self._lent = False
 
     def bookkeeping(self, name: str) -> Tensor:
         """Strided view [n] of one bookkeeping column."""
@@ -127,7 +144,9 @@ class HostStore:
             ``statistics``: a tensor [n] float32 for each of :data:`STATISTICS`, in the rows' order.
             ``unsorted``: rows that are out of Morton order.
         """
-        columns = {name: self.bookkeeping(name).clone() for name in STATISTICS}
+        columns = {name: self.bookkeeping(name) for name in STATISTICS}
+        if not self._lent:
+            columns = {name: column.clone() for name, column in columns.items()}
         return {"statistics": columns, "unsorted": self._unsorted}
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -161,7 +180,7 @@ class HostStore:
             free -= locked_ahead(self.layout, self._held)
         held, beside = self._held - self._n, snapshot + self.beside_row
         # The first new rows take only what comes beside them.
-        within = free / beside
+        within = free / beside if beside > 0 else math.inf
         beyond = (free + held * self.row_bytes) / (self.row_bytes + beside)
         return min(self.capacity - self._n, max(0, int(min(within, beyond))))
 

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from gsscale_nerfstudio.streamed import STREAMS
+
 GROUPS = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 """The optimized attributes, under splatfacto's names, in column order."""
 
@@ -94,8 +96,8 @@ class RowLayout:
 
     @property
     def snapshot_bytes(self) -> int:
-        """Of the copy of a row that a checkpoint holds until it is written."""
-        return (3 * self.optimized + len(STATISTICS)) * 4
+        """Of the copy of a row that a checkpoint holds until it is written; 0 if it needs none."""
+        return 0 if STREAMS else (3 * self.optimized + len(STATISTICS)) * 4
 
     @cached_property
     def group_of_column(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.memory_plan import Circumstances, Gpu, make_plan
-from gsscale_nerfstudio.store import RowLayout
+from gsscale_nerfstudio.store import RowLayout, layout
 from tests.engines.driving import drive, make_engine, random_rows
 from tests.runs import make_config, tiny_scene, train
 
@@ -32,6 +32,12 @@ WORKSTATION = Circumstances(
     memory=120 * GB, headroom=3 * GB, images=12 * GB, gpu=Gpu(free=22 * GB, images=36_000_000),
 )  # fmt: skip
 """24 GB of GPU memory and 128 GB of host memory."""
+
+
+@pytest.fixture(autouse=True)
+def copies(monkeypatch):
+    """As with a torch that cannot write checkpoints in place; the last test is of one that can."""
+    monkeypatch.setattr(layout, "STREAMS", False)
 
 
 def parts(side):
@@ -161,7 +167,7 @@ def test_memory_that_is_left_only_to_others_does_not_refuse():
 
 
 def test_a_budget_below_what_one_view_takes():
-    least = CONTEXT_BYTES + 24_000_000 + 120_000 * 300 + 2_000_000 * 130
+    least = CONTEXT_BYTES + 24_000_000 + 120_000 // 64 * 300 + 2_000_000 * 130
     make_plan(replace(LAPTOP, gpu=replace(LAPTOP.gpu, budget=least)))
     for caches in (True, False):
         gpu = replace(LAPTOP.gpu, budget=least - 1, caches=caches)
@@ -269,3 +275,11 @@ def test_training_that_cannot_work_ends_before_images_are_read(tmp_path, capsys,
     said = " ".join(capsys.readouterr().out.split())
     assert "gsscale: training the present 300 Gaussians takes" in said
     assert "undistorting" not in said and "begin with fewer points" in said
+
+
+def test_without_a_copy_a_scene_grows_further(monkeypatch):
+    smaller = make_plan(LAPTOP).capacity
+    monkeypatch.setattr(layout, "STREAMS", True)
+    plan = make_plan(LAPTOP)
+    assert parts(plan.host)["copy while a checkpoint is written"] == (0, 0)
+    assert plan.capacity > 1.8 * smaller

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
-from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, host
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, host, layout
 from gsscale_nerfstudio.store.edit import RowEdit
 from gsscale_nerfstudio.store.memory import ReservedArray
 from gsscale_nerfstudio.store.order import morton_order
@@ -240,6 +240,7 @@ def rows_of(n: int) -> dict[str, torch.Tensor]:
 
 
 def test_room_leaves_memory_for_a_copy_of_all_rows_and_for_others(monkeypatch):
+    monkeypatch.setattr(layout, "STREAMS", False)  # where there is such a copy
     store = HostStore(LAYOUT, max_rows=20_000)
     store.append(rows_of(1000), stamp=0)
     monkeypatch.setattr(host, "available_memory", lambda: free)
@@ -258,7 +259,21 @@ def test_room_leaves_memory_for_a_copy_of_all_rows_and_for_others(monkeypatch):
     assert store.room() == 19_000
 
 
+def test_room_without_a_copy(monkeypatch):
+    monkeypatch.setattr(layout, "STREAMS", True)
+    store = HostStore(LAYOUT, max_rows=20_000)
+    store.append(rows_of(1000), stamp=0)
+    monkeypatch.setattr(host, "available_memory", lambda: free)
+    free = host.headroom() + 2000 * store.row_bytes
+    assert store.room() == 2000
+    store.resize(400)
+    assert store.room() == 2600
+    free = 0
+    assert store.room() == 0
+
+
 def test_removed_rows_leave_their_memory_to_new_ones(monkeypatch):
+    monkeypatch.setattr(layout, "STREAMS", False)
     store = HostStore(LAYOUT, max_rows=20_000)
     store.append(rows_of(1000), stamp=0)
     store.resize(400)

@@ -1,0 +1,85 @@
+"""``torch.save`` without a second copy of what is saved, where torch can do that."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+STREAMS = hasattr(torch.serialization, "skip_data") and hasattr(os, "posix_fallocate")
+"""Whether files are written in place; else ``torch.save`` needs contiguous tensors."""
+
+_PART = 1 << 20
+"""Rows that are written at a time: what the disk has not taken yet is the system's to hold."""
+
+
+def save(state: Any, path: Path) -> None:
+    """Write what ``torch.save`` would, straight from tensors that may be strided views.
+
+    The file is first made with room for all tensors, which then are copied to their places in it,
+    piece by piece. The archive has no checksums of them; no torch asks for these.
+
+    Args:
+        state: dictionaries, lists and tuples of tensors and plain values.
+        path: a file to be written, and on the disk when this returns.
+
+    Raises:
+        OSError: the disk is full, or not writable.
+    """
+    with open(path, "wb") as file:
+        if STREAMS:
+            with torch.serialization.skip_data(materialize_fake_tensors=True), FakeTensorMode():
+                torch.save(_changed(state, _room_for), file)
+        else:
+            torch.save(_changed(state, _on_its_own), file)
+        file.flush()
+        if STREAMS:
+            # A full disk is an error here; later it would be a signal that ends the process.
+            os.posix_fallocate(file.fileno(), 0, file.tell())
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                places = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            _fill(places, state)
+        os.fsync(file.fileno())
+
+
+def _changed(state: Any, change: Any) -> Any:
+    if isinstance(state, Tensor):
+        return change(state)
+    if isinstance(state, dict):
+        return {key: _changed(value, change) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(_changed(value, change) for value in state)
+    return state
+
+
+def _room_for(tensor: Tensor) -> Tensor:
+    """A contiguous tensor like it on the CPU, without memory, where tensors are made so."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """A tensor that is all of its memory: ``torch.save`` writes all of what is behind a view."""
+    tensor = tensor.detach()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _fill(places: Any, state: Any) -> None:
+    if isinstance(state, Tensor):
+        if state.dim() == 0:
+            places.copy_(state.detach())
+        for start in range(0, len(state) if state.dim() else 0, _PART):
+            part = slice(start, start + _PART)
+            places[part].copy_(state.detach()[part])
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            _fill(places[key], value)
+    elif type(state) in (list, tuple):
+        for place, value in zip(places, state, strict=True):
+            _fill(place, value)

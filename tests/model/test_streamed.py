@@ -1,0 +1,92 @@
+"""Files written in place are those of ``torch.save``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gsscale_nerfstudio import checkpoint, streamed
+from gsscale_nerfstudio.errors import GSScaleError
+from tests.runs import differences
+
+
+def state() -> dict[str, Any]:
+    rows = torch.arange(3000.0).view(100, 30)
+    return {
+        "step": 7,
+        "columns": {"means": rows[:, :3], "rest": rows[:, 5:11].unflatten(1, (2, 3))},
+        "nothing": {"of": rows[:0, :3], "none": None},
+        "list": [torch.tensor(2.5), torch.tensor([1, 2]), (True, "text", 1.5)],
+        "parameter": torch.nn.Parameter(rows[3:5, 2]),
+        "same again": rows[:, :3],
+        "bytes": torch.arange(200, dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_is_saved_is_loaded(tmp_path, monkeypatch, streams, mapped):
+    if streams and not streamed.STREAMS:
+        pytest.skip("this torch copies")
+    monkeypatch.setattr(streamed, "STREAMS", streams)
+    monkeypatch.setattr(streamed, "_PART", 7)
+    path = tmp_path / "state"
+    streamed.save(state(), path)
+    loaded = torch.load(path, weights_only=True, mmap=mapped)
+    assert differences(loaded, state()) == []
+    assert loaded["columns"]["means"].is_contiguous()
+    assert path.stat().st_size < 12_000  # columns, not the rows behind them
+    assert checkpoint.is_whole(path)
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    """Found when room for the file is made, not by a signal while it is filled."""
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from gsscale_nerfstudio import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+folder = Path({str(tmp_path)!r})
+checkpoint.save({{"rows": torch.zeros(100_000)}}, folder / "made" / "step-000000001.ckpt", folder)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert GSScaleError.__name__ in done.stderr and "free disk space" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(not streamed.STREAMS, reason="this torch copies")
+def test_saving_takes_no_copy(tmp_path):
+    """A column of 80 MB, of rows whose memory is there already."""
+    rows = torch.ones(2_000_000, 16)
+    path: Path = tmp_path / "state"
+    streamed.save({"warm": rows[:10, :3]}, path)
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    streamed.save({"column": rows[:, :10]}, path)
+    done.set()
+    watcher.join()
+    assert path.stat().st_size > 80_000_000
+    assert 0 < peak < before + 20_000_000
+
+
+def anonymous_bytes() -> int:
+    """What is in use at present, of memory that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
