@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.working_set import LEAVES
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import GROUPS
@@ -80,13 +82,9 @@ def test_scale_regularization_has_splatfactos_weight(scene, tmp_path):
     trainer = config.setup()
     trainer.setup()
     model = trainer.pipeline.model
+    everything = model.engine.fetch(View(np.eye(4), np.eye(3), 1, 1))
     scales = torch.randn(len(model.engine.store), 3)
-    model.engine.store.column("scales").copy_(scales)
-
-    class Everything:
-        leaves = {"scales": scales}  # noqa: RUF012
-
-    model.engine.current = Everything()
+    model.engine.current = replace(everything, leaves={"scales": scales})
     ratio = scales.exp().amax(-1) / scales.exp().amin(-1)
     expected = 0.1 * (torch.maximum(ratio, torch.tensor(2.0)) - 2.0).mean()
     torch.testing.assert_close(model._scale_regularization(), expected)
