@@ -28,6 +28,7 @@ from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
 from gsscale_nerfstudio.optim.row_group import RowGroup
+from gsscale_nerfstudio.out_of_memory import is_out_of_memory
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 
 
@@ -58,6 +59,14 @@ def hand_over_quickly() -> None:
 
 
 @dataclass(frozen=True)
+class _Culled:
+    """The rows of a view: ids [n] int32, ascending."""
+
+    view: View
+    ids: Tensor
+
+
+@dataclass(frozen=True)
 class _Announced:
     """A view that is being prepared by the worker."""
 
@@ -70,7 +79,9 @@ class Engine(ABC):
 
     One training step is: :meth:`begin` (working set in), :meth:`announce` (the next view, if it is
     known), backward, one ``step()`` of each group's optimizer; the last of them makes the engine
-    take the gradients and step the rows.
+    take the gradients and step the rows. If an error comes up on the way, say that there is no more
+    GPU memory, :meth:`abandon` goes back to where it was before :meth:`begin`: what a step needs is
+    allocated before the first row is changed.
 
     What announced views need is prepared by one worker thread while the device works. Whoever
     touches the store or the culler on the main thread waits for the worker first.
@@ -100,6 +111,9 @@ class Engine(ABC):
         self._worker = ThreadPoolExecutor(1, "gsscale-engine", _C.set_threads, (threads,))
         self._announced: deque[_Announced] = deque()
         self._ids = torch.empty(0, dtype=torch.int32)
+        # By the number of steps that are done when they begin: the view under way and later ones.
+        self._culled: dict[int, _Culled] = {}
+        self._under_way = False  # a view was begun whose rows are not stepped
         # The present leaves, and the lists handed out by parameters(): Nerfstudio clips the
         # gradients of what these lists hold.
         self.leaves = {name: self._placeholder(name) for name in GROUPS}
@@ -187,10 +201,13 @@ class Engine(ABC):
         self._stepped.clear()
         if self.current is None:
             raise RuntimeError("optimizers stepped without a working set; call begin() first")
+        # All or nothing: what needs memory on the device comes before the first row is changed.
         self._step_rows(self.current, lrs)
+        self._under_way = False
         self._set_gradients_of_placeholders(present=False)  # no zeros in --log-gradients
         self._settled = False
         outgrown = self.history.advance(lrs)
+        self._culled.pop(self.step_count - 1, None)
         self._step_recorded()
         if outgrown:
             self.refresh_bounds()
@@ -243,14 +260,14 @@ class Engine(ABC):
             missing = sorted(set(GROUPS) - set(self._stepped))
             raise RuntimeError(f"the optimizers of {missing} were not stepped for the last view")
         # The last view's leaves and gradients go first, or both would be on the device at once.
-        self.current = None
-        self._publish({name: self._placeholder(name) for name in GROUPS})
+        self._let_go()
+        self._under_way = True
         announced = self._announced[0] if self._announced else None
         if announced is not None and announced.view.same_as(view):
             prepared = announced.prepared.result()
             self._announced.popleft()
         else:
-            self._forget_announced()
+            self._drop_announced()
             self._finish_step()
             prepared = self._prepare(view, self.step_count, ahead=False)
         self.current = self._bring(prepared, viewpoint or self._viewpoint(view))
@@ -259,6 +276,38 @@ class Engine(ABC):
             self._publish({n: p for n, p in leaves.items() if isinstance(p, Parameter)})
         self._set_gradients_of_placeholders(present=True)
         return self.current
+
+    def _let_go(self) -> None:
+        """Nobody holds the tensors of the last view any more."""
+        self.current = None
+        self._publish({name: self._placeholder(name) for name in GROUPS})
+
+    def abandon(self) -> None:
+        """Go back to where it was before :meth:`begin`, which may itself have failed half-way.
+
+        The rows of the view are not stepped yet. Beginning the same view again brings in the same
+        rows.
+        """
+        with uninterrupted():
+            self._stepped.clear()
+            self._let_go()
+            self._drop_announced()
+            self._under_way = False
+
+    @abstractmethod
+    def make_room(self, said: str, tries: int) -> bool:
+        """Give up something, and say what, because GPU memory has run out.
+
+        Called when nothing of the work that failed is held any more: an abandoned step, or a
+        render.
+
+        Args:
+            said: the error, for the message.
+            tries: how often room was made for this work already.
+
+        Returns:
+            False if there is nothing left to give up.
+        """
 
     def _set_gradients_of_placeholders(self, present: bool) -> None:
         """Nerfstudio steps a group's optimizer if its parameter has a gradient, empty or not.
@@ -303,7 +352,10 @@ class Engine(ABC):
     def _wait_for_worker(self) -> None:
         """Make sure that the worker is at rest; what it has prepared stays."""
         for announced in self._announced:
-            announced.prepared.result()
+            error = announced.prepared.exception()
+            # That there was no memory for a view is for those to know who begin it.
+            if error is not None and not is_out_of_memory(error):
+                raise error
 
     def row_centres(self, most: int) -> np.ndarray:
         """Means of at most ``most`` rows, evenly spaced in the store, settled or not.
@@ -321,10 +373,15 @@ class Engine(ABC):
         The worker is at rest, and what it has prepared stays.
         """
 
-    def _forget_announced(self) -> None:
-        """Wait for the worker and drop what it has prepared, because rows are about to change."""
+    def _drop_announced(self) -> None:
+        """Wait for the worker and drop what it has prepared, but for which rows views see."""
         self._wait_for_worker()
         self._announced.clear()
+
+    def _forget_announced(self) -> None:
+        """Wait for the worker and drop what it has prepared, because rows are about to change."""
+        self._drop_announced()
+        self._culled.clear()
 
     def fetch(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet:
         """Bring the settled rows that ``view`` may see to the device, to render them only.
@@ -352,6 +409,21 @@ class Engine(ABC):
             rows: in the store.
             view_rows: of the largest view.
         """
+    def _rows_of(self, view: View, step: int, ahead: bool) -> Tensor:
+        """Ids of the rows that are brought in for ``view`` when ``step`` steps have been done.
+
+        However often it is prepared, they are the same: a row that is brought in and has no
+        gradient ends a rounding away from one that is not.
+        """
+        culled = self._culled.get(step)
+        if culled is None or not culled.view.same_as(view):
+            self._before_culling(ahead)
+            with self._timed("cull_s"):
+                culled = self._culled[step] = _Culled(view, self._cull(view, step))
+        return culled.ids
+
+    def _before_culling(self, ahead: bool) -> None:  # noqa: B027
+        """Let the culler know what is new."""
 
     def _cull(self, view: View, step: int, keep: bool = True) -> Tensor:
         """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done.

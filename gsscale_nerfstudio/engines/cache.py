@@ -34,6 +34,9 @@ from gsscale_nerfstudio.store.edit import Placement, RowEdit
 _RING = 3
 """Views whose lists may be on their way to the device at the same time."""
 
+_PIECE = 1 << 20
+"""Rows that are written back at a time: a list of 12 MB."""
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -102,14 +105,19 @@ class RowCache:
             return None
         lists = self._lists[view % _RING]
         slots, moves = (staging.rows(n) for staging in lists)
+        # Before the table changes: it must not know of rows that nobody brings, for lack of memory.
+        with self._link.active():
+            on_device = torch.empty(n, dtype=torch.int32, device=self.device)
+            moves_there = torch.empty(n, 3, dtype=torch.int32, device=self.device)
         plan = self.table.plan(ids.numpy(), view, keep_from, slots.numpy(), moves.numpy())
         if plan is None:
             return None
         missed, newest = plan
         # A row that leaves must have been stepped, and its slot must not be overwritten before.
         with self._link.active(after=stepped if newest >= 0 else None):
-            on_device = self._on_device(slots)
-            self._exchange(moves[:missed])
+            on_device.copy_(slots, non_blocking=True)
+            moves_there = moves_there[:missed]
+            self._exchange(moves_there.copy_(moves[:missed], non_blocking=True))
             ready = self._link.mark()
         for staging in lists:
             staging.used_until(ready)
@@ -138,6 +146,8 @@ class RowCache:
     def write_back(self, stepped: Mark, ids: Tensor | None = None) -> None:
         """Bring the host store up to date with resident rows, which stay resident.
 
+        Takes no memory on the device, of which there may be none when a cache has to go.
+
         Args:
             stepped: reached when the rows have been stepped.
             ids: [n] int64, of rows that may be resident; None for all rows.
@@ -149,10 +159,15 @@ class RowCache:
             slots = torch.empty_like(rows)
             self.table.lookup(rows.numpy(), slots.numpy())
             rows, slots = rows[slots >= 0], slots[slots >= 0]
-        moves = torch.stack([torch.full_like(rows, -1), slots, rows], dim=1)
-        with self._link.active(after=stepped):
-            self._exchange(moves)
-            wait(self._link.mark())
+        pieces = zip(rows.split(_PIECE), slots.split(_PIECE), strict=True)
+        for i, (leaving, places) in enumerate(pieces):
+            _, staging = self._lists[i % _RING]
+            moves = staging.rows(len(leaving))
+            moves[:, 0], moves[:, 1], moves[:, 2] = -1, places, leaving
+            with self._link.active(after=stepped):
+                self._exchange(moves)  # read by the kernel where it is
+                staging.used_until(self._link.mark())
+        wait(self._link.mark())
 
     def forget(self) -> None:
         """Drop all rows, without writing them back: the host's are the valid ones now."""
@@ -181,14 +196,15 @@ class RowCache:
         self._free_slots = len(self) - table.in_use
 
     def grow(self, slots: int) -> None:
-        """Add slots, so that there are ``slots``; rows stay resident.
+        """Add slots, so that there are ``slots``; rows stay resident, also if memory runs out.
 
         Takes a third of the present slots' memory in addition while it copies.
         """
         for name in ("params", "exp_avg", "exp_avg_sq"):  # one at a time, for the sake of memory
             grown = torch.empty(slots, self.store.layout.width, device=self.device)
-            grown[: len(self)] = getattr(self, name)
+            grown[: len(self)] = getattr(self, name)[: len(self)]  # longer, if this failed before
             setattr(self, name, grown)
+            del grown
         self.table.resize(slots, len(self.store))
         self._free_slots = slots - self.table.in_use
         self._make_lists(slots)
@@ -267,6 +283,8 @@ class RowCache:
         columns = layout.bookkeeping
         statistics = working.statistics() if working.statistics is not None else None
         norms, seen, radii = statistics if statistics is not None else (spheres,) * 3
+        # The launch is the last thing to be done: if there is no memory for what it needs, no row
+        # has been changed.
         with LAUNCH:
             settle_and_step_rows[(triton.cdiv(n, STEP.rows),)](
                 *self._arrays,
@@ -300,13 +318,11 @@ class RowCache:
     def _host_arrays(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.store.params, self.store.exp_avg, self.store.exp_avg_sq
 
-    def _on_device(self, staged: Tensor) -> Tensor:
-        """A copy on the device, which may still be under way on the current stream."""
-        copy = torch.empty(staged.shape, dtype=staged.dtype, device=self.device)
-        return copy.copy_(staged, non_blocking=True)
-
     def _exchange(self, moves: Tensor) -> None:
-        """Queue ``moves`` (see :func:`.kernels.exchange_rows`) on the current stream."""
+        """Queue ``moves`` (see :func:`.kernels.exchange_rows`) on the current stream.
+
+        They are on the device or in page-locked memory; nothing is allocated.
+        """
         n, width = len(moves), self.store.layout.width
         if n == 0:
             return
@@ -314,7 +330,7 @@ class RowCache:
             exchange_rows[(min(LINK_PROGRAMS, triton.cdiv(n, LINK_TILE)),)](
                 *self._host_arrays,
                 *self._arrays,
-                self._on_device(moves),
+                moves,
                 n,
                 WIDTH=width,
                 COLUMNS=triton.next_power_of_2(width),

@@ -33,6 +33,11 @@ class Viewpoint:
     position: Tensor
     degree: int
 
+    def __post_init__(self) -> None:
+        # Kernels want it so. Not a copy before each of them: some run when rows have been stepped,
+        # and must not need memory.
+        object.__setattr__(self, "position", self.position.contiguous())
+
     @classmethod
     def of(cls, view: View, layout: RowLayout, device: torch.device) -> Viewpoint:
         """That of a view, with all bands."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio import _C
@@ -132,8 +134,7 @@ class HostEngine(EditableEngine):
         return Outlook(self.step_count + 1, self.current.ids, lrs, self.history.ahead(lrs))
 
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
-        with self._timed("cull_s"):
-            ids = self._cull(view, step)
+        ids = self._rows_of(view, step, ahead)
         if not ahead or self._outlook is None or not self.fits(len(ids), view):
             return PreparedView(view, ids)
         return PreparedView(view, ids, self._send_cold(ids, self._outlook))
@@ -277,6 +278,30 @@ class HostEngine(EditableEngine):
         for name, values in zip(("grad2d", "count", "max_radius"), statistics, strict=False):
             whole.gradients[:, columns[name]] = values.cpu()
 
+    def make_room(self, said: str, tries: int) -> bool:
+        if tries > 0:
+            return False
+        with uninterrupted():
+            self._drop_announced()
+            self._cold.let_go()
+            self._give_back()
+        self._tell(said, "what torch kept for later was given back")
+        return True
+
+    def _give_back(self) -> None:
+        """Let the device have the memory that torch keeps for later."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def _tell(self, said: str, done: str) -> None:
+        CONSOLE.print(
+            f"[bold yellow]gsscale:[/bold yellow] GPU memory ran out after step {self.step_count} "
+            f"({escape(said)}); {done}, and it goes on.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
     # -- the step --------------------------------------------------------------------------------
 
     def _step_rows(self, working: WorkingSet | ViewInParts, lrs: np.ndarray) -> None:
@@ -286,13 +311,13 @@ class HostEngine(EditableEngine):
             self._finish_step()
         layout = self.store.layout
         staging = self._gradients[0]
-        self._gradients.reverse()
         if isinstance(working, ViewInParts):
             self._finish_parts(working)
             grads = working.gradients
         else:
             grads = staging.rows(len(working))
-            pack(working, layout, grads)
+            pack(working, layout, grads)  # from here on nothing needs memory on the device
+        self._gradients.reverse()
         arrived = mark_current(self.device)
         staging.used_until(arrived)
         self.counters["link_bytes"] += grads.nbytes

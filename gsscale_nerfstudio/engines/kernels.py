@@ -69,7 +69,7 @@ def color_arguments(layout: RowLayout, viewpoint: Viewpoint) -> dict[str, Any]:
     position = viewpoint.position.detach()
     return {
         "table": color_table(layout, position.device),
-        "position": position.contiguous(),
+        "position": position,
         "bands_end": viewpoint.bands_end(layout),
     }
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
+from gsscale_nerfstudio.engines.base import uninterrupted
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.editing import summary_bytes
@@ -31,6 +33,7 @@ from gsscale_nerfstudio.engines.streams import (
 from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
+from gsscale_nerfstudio.out_of_memory import is_out_of_memory
 from gsscale_nerfstudio.store import HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
 from gsscale_nerfstudio.store.memory import with_spare
@@ -39,6 +42,9 @@ LOOK_AHEAD = 16
 """Views after the next one that the cache is told of. On a tiled aerial scene, with a cache of 30 %
 of the rows, 67 % of a view's rows miss when the least recently used ones leave; with 8 views known
 it is 45 %, with 16 it is 44 %."""
+
+_RARELY = 100
+"""Steps within which memory may run out once before the cache is made smaller."""
 
 if TYPE_CHECKING:  # its kernels need Triton, which a machine without a GPU can do without
     from gsscale_nerfstudio.engines.cache import Admission, RowCache
@@ -52,15 +58,6 @@ class _Prepared:
     ids: Tensor
     number: int
     admission: Admission | None
-
-
-@dataclass(frozen=True)
-class _Culled:
-    """Rows of a view that is not admitted yet; ``step`` steps will be done when it begins."""
-
-    view: View
-    step: int
-    ids: Tensor
 
 
 class ResidentEngine(HostEngine):
@@ -85,7 +82,6 @@ class ResidentEngine(HostEngine):
         self._cache: RowCache | None = None  # there is none unless it is caching
         self._blocked = False  # an announced view was not admitted
         self._depth = 1  # views that are admitted ahead
-        self._culled: _Culled | None = None
         self._culling: Future[None] | None = None
         super().__init__(store, device, budget)
 
@@ -110,6 +106,7 @@ class ResidentEngine(HostEngine):
         self._expected: dict[int, View] = {}  # by number: views that the cache was told of
         self._warned = self._told = False
         self._unfit = False  # rows were added or removed since the cache was fitted
+        self._ran_out_at = -_RARELY  # the step before which memory ran out, the last time
 
     @classmethod
     def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
@@ -130,10 +127,7 @@ class ResidentEngine(HostEngine):
             if self._sizing.host_is_faster(self.counters) and partial:
                 self._stop_caching("the link is too slow for the Gaussians that have to cross it")
                 return super()._prepare(view, step, ahead)
-        culled, self._culled = self._culled, None
-        if culled is None or culled.step != step or not culled.view.same_as(view):
-            culled = self._cull_now(view, step, wait_for_all=not ahead)
-        ids = culled.ids
+        ids = self._rows_of(view, step, ahead)
         self._prepared_views += 1
         self._sizing.saw(len(ids), view.width * view.height)
         prepared = _Prepared(view, ids, self._prepared_views, None)
@@ -145,17 +139,20 @@ class ResidentEngine(HostEngine):
             keep_from = self._current.number if ahead and self._current else prepared.number
             done = self._rows_done
             assert self._cache is not None
-            with self._timed("admit_s"):
-                admission = self._cache.admit(ids, prepared.number, keep_from, done)
+            try:
+                with self._timed("admit_s"):
+                    admission = self._cache.admit(ids, prepared.number, keep_from, done)
+            except RuntimeError:
+                self._blocked |= ahead
+                raise
             prepared = replace(prepared, admission=admission)
         self._blocked |= ahead and prepared.admission is None
         return prepared
 
-    def _cull_now(self, view: View, step: int, wait_for_all: bool) -> _Culled:
-        with self._timed("spheres_s"):
-            self._take_spheres(wait_for_all)
-        with self._timed("cull_s"):
-            return _Culled(view, step, self._cull(view, step))
+    def _before_culling(self, ahead: bool) -> None:
+        if self._caching:
+            with self._timed("spheres_s"):
+                self._take_spheres(wait_for_all=not ahead)
 
     def announce(self, views: Sequence[View]) -> None:
         known = len(self._announced)
@@ -167,7 +164,7 @@ class ResidentEngine(HostEngine):
 
     def _cull_ahead(self, view: View, step: int) -> None:
         Stress.delay()
-        self._culled = self._cull_now(view, step, wait_for_all=False)
+        self._rows_of(view, step, ahead=True)
 
     def _wait_for_worker(self) -> None:
         if self._culling is not None:
@@ -175,10 +172,9 @@ class ResidentEngine(HostEngine):
             self._culling = None
         super()._wait_for_worker()
 
-    def _forget_announced(self) -> None:
-        super()._forget_announced()
+    def _drop_announced(self) -> None:
+        super()._drop_announced()
         self._blocked = False
-        self._culled = None
 
     @property
     def prepared_ahead(self) -> int:
@@ -232,7 +228,7 @@ class ResidentEngine(HostEngine):
 
     def _make_room(self, prepared: _Prepared) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""
-        self._forget_announced()  # none of the views after this one was admitted
+        self._drop_announced()  # none of the views after this one was admitted
         n = len(prepared.ids)
         if self._cache is not None and n <= self._sizing.view_rows:
             if self._depth > 1:
@@ -270,26 +266,39 @@ class ResidentEngine(HostEngine):
                 return
             if not scarce:
                 self._synchronize()  # rows may be on their way into the arrays that are replaced
-                self._cache.grow(wanted)
+                try:
+                    self._cache.grow(wanted)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._sizing.too_many(wanted, enough=have)
                 self._synchronize()
-                self._depth = self._sizing.views_ahead(wanted, rows)
+                self._depth = self._sizing.views_ahead(len(self._cache), rows)
                 return
-        if self._cache is not None:
-            self._cache.write_back(self._rows_done)
-            self._drop_cache()
-        if wanted < self._sizing.largest:
-            return
-        from gsscale_nerfstudio.engines.cache import RowCache
-
-        self._depth = self._sizing.views_ahead(wanted, rows)
-        self._cache = RowCache(self.store, self.device, wanted)
-        if not self._told:
+        self._replace_cache(wanted)
+        if self._cache is not None and not self._told:
             self._told = True
             CONSOLE.print(
                 f"gsscale: engine resident{self._sizing.why()}. The GPU has room for {limit:,} "
                 "Gaussians with their Adam state; beyond that the least needed ones wait in host "
                 "memory."
             )
+
+    def _replace_cache(self, slots: int) -> None:
+        """Have an empty cache of so many rows, or fewer; none if that is too few for a view."""
+        from gsscale_nerfstudio.engines.cache import RowCache
+
+        if self._cache is not None:
+            self._cache.write_back(self._rows_done)
+            self._drop_cache()
+        while self._cache is None and slots >= self._sizing.largest:
+            try:
+                self._cache = RowCache(self.store, self.device, slots)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                slots = self._sizing.too_many(slots)
+        self._depth = self._sizing.views_ahead(slots, len(self.store))
         # Its memory may have been another stream's, which has to be done with it.
         self._synchronize()
 
@@ -326,6 +335,38 @@ class ResidentEngine(HostEngine):
             "(engine host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
         )
 
+    # -- when memory runs out --------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._current = None
+
+    def make_room(self, said: str, tries: int) -> bool:
+        if not self._caching:
+            return super().make_room(said, tries)
+        # Chance may break up the memory once; what happens all the time has another reason.
+        chance = tries == 0 and self.step_count >= self._ran_out_at + _RARELY
+        self._ran_out_at = self.step_count
+        # The cache stays, too, while a step is under way, which holds its slots.
+        if chance or self._cache is None or self._under_way:
+            return super().make_room(said, tries)
+        with uninterrupted():
+            self._drop_announced()
+            had = len(self._cache)
+            self._replace_cache(min(self._sizing.too_many(had), self._sizing.limit(had)))
+            if self._cache is None:
+                self._stop_caching(
+                    f"GPU memory ran out after step {self.step_count} ({escape(said)}) beside a "
+                    f"cache of {had:,} Gaussians, which is as small as the views allow"
+                )
+            else:
+                self._tell(
+                    said,
+                    f"from here on {len(self._cache):,} Gaussians with their Adam state stay on "
+                    f"the GPU, not {had:,}",
+                )
+        return True
+
     # -- rendering and stepping ------------------------------------------------------------------
 
     def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
@@ -337,6 +378,8 @@ class ResidentEngine(HostEngine):
             return self._send(ids, viewpoint, training=False)
         for announced in self._announced:
             # Rows may still be on their way, in either direction.
+            if announced.prepared.exception() is not None:
+                continue  # no memory for it, which begin() will find out
             prepared = announced.prepared.result()
             if prepared.admission is not None:
                 wait_in_stream(prepared.admission.ready, self.device)
@@ -353,6 +396,7 @@ class ResidentEngine(HostEngine):
         assert self._cache is not None and self._current is not None
         assert self._current.admission is not None
         slots = self._current.admission.slots
+        self._tables.foresee(lrs)
         spheres = self._cache.step(slots, working, self._tables, lrs)
         self._rows_done = mark_current(self.device)
         self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done)

@@ -85,6 +85,7 @@ class CacheSizing(ViewSizing):
         self._pixels = 0
         self._largest_since = (0, 0)  # rows and pixels of a view since memory was given back
         self._taken = 0  # bytes in use between views, beside the cache
+        self._most_slots = 2**31 - 1  # because more turned out to be too many
         self._counted = (0.0, 0.0)  # rows, and of these missed, when the rates were last asked
 
     @property
@@ -111,7 +112,24 @@ class CacheSizing(ViewSizing):
             allocated = torch.cuda.memory_allocated(self._device)
             self._taken = allocated - cached_rows * self.row_bytes
         needed = view_bytes(self.view_rows, self._pixels, self._per_row)
-        return self._budget.cache_rows(self._device, self.row_bytes, needed, cached_rows)
+        rows = self._budget.cache_rows(self._device, self.row_bytes, needed, cached_rows)
+        return min(rows, self._most_slots)
+
+    def too_many(self, slots: int, enough: int = 0) -> int:
+        """A cache of ``slots`` rows left too little memory for the rest, whatever the reason.
+
+        Args:
+            slots: how many.
+            enough: rows of a cache that has left enough.
+
+        Returns:
+            Rows that the next one may have, and all later ones: a quarter less, but not less than
+            enough, or than a view needs if there were more.
+        """
+        if slots > self.view_rows:
+            enough = max(enough, self.view_rows)
+        self._most_slots = max(slots - slots // 4, enough)
+        return self._most_slots
 
     def observe(self, cached_rows: int) -> None:
         """Learn what a row of a view needs: it depends on how many tiles of the image it covers.

@@ -87,6 +87,10 @@ class Upload:
         self._staging.used_until(arrived)
         return on_device, arrived
 
+    def let_go(self) -> None:
+        """Give up the buffer; the next view to be sent gets a new one. Nothing is on its way."""
+        self._buffer = self._buffer.new_empty(0)
+
     def read_until(self, mark: Mark) -> None:
         """What was sent last has been read on the device at ``mark``."""
         self._read = mark

@@ -55,21 +55,31 @@ class DeviceTables:
         self.eps_scale = self._upload(self.history.eps_factors(steps))
         self.skip = self._upload(self._padded(self.history.skip))
 
+    def foresee(self, lrs: np.ndarray) -> None:
+        """Take the memory that :meth:`record` needs when a step with these learning rates is done.
+
+        Args:
+            lrs: [len(GROUPS)].
+        """
+        if self.history.step + 2 >= len(self.tail):
+            self.restart()
+        # Not over the old table: kernels of the last step may still be reading it.
+        self._next_skip = self._upload(self._padded(self.history.skip_after(lrs)))
+
     def record(self) -> None:
-        """Follow the history's latest step; called before kernels of the next one are launched."""
+        """Follow the history's latest step, which was foreseen. Takes no memory.
+
+        Called before kernels of the next step are launched.
+        """
         dropped = self.history.step - 1 - self.history.horizon
         if dropped >= 0:
             # What falls off the end of the table of gaps is S(s, s + K) of that step.
             self.tail[dropped].copy_(self.skip[-1])
-        if self.history.step + 1 >= len(self.tail):
-            self.restart()
-        else:
-            # Not over the old table: kernels of the last step may still be reading it.
-            self.skip = self._upload(self._padded(self.history.skip))
+        self.skip = self._next_skip
 
     def rebound(self) -> None:
-        """Take over new bounds of future motion."""
-        self.reach = self._upload(self.history.reach)
+        """Take over new bounds of future motion; no kernel is at work. Takes no memory."""
+        self.reach.copy_(torch.from_numpy(self.history.reach), non_blocking=True)
 
     def adam_step(self, lrs: np.ndarray) -> dict[str, Any]:
         """What ordinary Adam needs for step t + 1: arguments of ``settle_and_step_rows``."""

@@ -130,6 +130,10 @@ class AdamHistory:
             after.tables = self._make_tables(after.step, after.skip, self._reach_of(after.lr_bound))
         return after.tables
 
+    def skip_after(self, lr: np.ndarray) -> np.ndarray:
+        """:attr:`skip` as it will be after ``advance(lr)``; not to be kept or changed."""
+        return self._after(lr).skip
+
     def _after(self, lr: np.ndarray) -> _Moment:
         if self._next is not None and np.array_equal(self._next.lr, lr):
             return self._next
