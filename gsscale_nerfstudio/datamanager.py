@@ -114,13 +114,13 @@ class GSScaleDatamanager(FullImageDatamanager):
         on_disk = images if isinstance(images, DiskImages) else None
         if on_disk is not None:
             on_disk.announce(self.upcoming(on_disk.ahead))
-        (index,) = self.upcoming(1)
-        del self.train_unseen_cameras[0]
+        index, following = self.upcoming(2)
         data = self._uploads.take(index, images[index])
-        (following,) = self.upcoming(1)
         # One that is still being read can be waited for during this step's work.
         if on_disk is None or on_disk.ready(following):
             self._uploads.start(following, images[following])
+        # Last: if the device has no room for an image, the next call gives the same one.
+        del self.train_unseen_cameras[0]
         return self.train_camera(index), data
 
     def upcoming(self, n: int) -> list[int]:

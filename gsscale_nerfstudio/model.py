@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
@@ -37,12 +38,15 @@ from gsscale_nerfstudio.engines import (
 )
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
+from gsscale_nerfstudio.out_of_memory import no_room_left, retried
 from gsscale_nerfstudio.parts import Picture, draw_in_parts, draw_windows
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
 from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.gauss_params import GaussParams
 from gsscale_nerfstudio.supported import refuse_unsupported
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -151,6 +155,16 @@ class GSScaleModel(SplatfactoModel):
     def get_gaussian_param_groups(self) -> dict[str, list[Parameter]]:
         return self.engine.parameters()
 
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        """All groups; optimizers are stepped in this order.
+
+        The Gaussians' come last: their step is the one that cannot be taken back, should memory run
+        out in the step of another.
+        """
+        groups = super().get_param_groups()
+        rows = {name: groups.pop(name) for name in GROUPS}
+        return {**groups, **rows}
+
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
@@ -193,20 +207,41 @@ class GSScaleModel(SplatfactoModel):
             rgb [H, W, 3], depth [H, W, 1] or None, accumulation [H, W, 1], background.
 
         Raises:
-            GSScaleError: a camera that cannot be rendered.
+            GSScaleError: a camera that cannot be rendered, or a view that needs more GPU memory
+                than there is.
+            torch.OutOfMemoryError: the same in training, where something may still be given up.
         """
         if not isinstance(camera, Cameras):
             print("Called get_outputs with not a camera")
             return {}
+        if self.training:  # the trainer knows what to do when memory runs out
+            return self._outputs(camera)
+        return self._with_room(lambda: self._outputs(camera))
+
+    def _with_room(self, render: Callable[[], T]) -> T:
+        """The result of ``render()``, which only reads, with less in GPU memory if that runs out.
+
+        Nerfstudio renders between steps: its viewer's thread has to wait for the step under way.
+        """
+
+        def make_room(said: str, tries: int) -> None:
+            if not self.engine.make_room(said, tries):
+                raise no_room_left(said, self.num_points, self.last_size)
+
+        return retried(render, make_room)
+
+    def _outputs(self, camera: Cameras) -> dict[str, Any]:
+        """See :meth:`get_outputs`."""
         if self.training:
             view, viewmat = self._training_view(camera)
+            self.last_size = (view.height, view.width)
             working = self.engine.begin(view, self._viewpoint(view, viewmat))
             self._announce_upcoming()
             rendering = self._draw_to_train(working, view, viewmat)
         else:
             view = View.from_camera(camera)
+            self.last_size = (view.height, view.width)
             rendering = self._draw_to_show(view)
-        self.last_size = (view.height, view.width)
 
         background = self._get_background_color()
         rgb = torch.clamp(rendering.rgb + (1 - rendering.alpha) * background, 0.0, 1.0)
@@ -355,6 +390,8 @@ class GSScaleModel(SplatfactoModel):
         """splatfacto's metrics; in training only at steps whose metrics the trainer logs."""
         if self.training and self.step % self._steps_per_log != 0:
             return {}
+        # torchmetrics remembers its last result, and with it would the whole graph be held.
+        outputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items()}
         return super().get_metrics_dict(outputs, batch)
 
     def get_loss_dict(
@@ -385,8 +422,9 @@ class GSScaleModel(SplatfactoModel):
         outside of the view are left alone.
         """
         working = self.engine.current
-        if self._penalty_in_parts is not None:
-            return self._penalty_in_parts
+        in_parts, self._penalty_in_parts = self._penalty_in_parts, None
+        if in_parts is not None:
+            return in_parts
         if not isinstance(working, WorkingSet):
             return torch.zeros((), device=self.device)
         return self.penalty(working.leaves["scales"])
@@ -403,6 +441,12 @@ class GSScaleModel(SplatfactoModel):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        return self._with_room(lambda: self._metrics_and_images(outputs, batch))
+
+    def _metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """See :meth:`get_image_metrics_and_images`."""
         truth = self.composite_with_background(
             self.get_gt_img(batch["image"]), outputs["background"]
         )

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
 from gsscale_nerfstudio import memory_plan
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
 from gsscale_nerfstudio.errors import readable_errors
 from gsscale_nerfstudio.model import GSScaleModel
+from gsscale_nerfstudio.random_state import random_state, restore_random_state
 from gsscale_nerfstudio.view_order import SAMPLES
 
 
@@ -20,6 +22,22 @@ class GSScalePipelineConfig(VanillaPipelineConfig):
     """Pipeline of gsscale."""
 
     _target: type = field(default_factory=lambda: GSScalePipeline)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What chance, or the order of images, has decided of a step.
+
+    Attributes:
+        camera, batch: see :meth:`.GSScaleDatamanager.next_train`.
+        upcoming: cameras that come next.
+        random: states of the generators afterwards.
+    """
+
+    camera: Cameras
+    batch: dict[str, Any]
+    upcoming: list[Cameras]
+    random: dict[str, Any]
 
 
 class GSScalePipeline(VanillaPipeline):
@@ -37,6 +55,8 @@ class GSScalePipeline(VanillaPipeline):
         # Not settled, and with the resident engine some are newer on the GPU: only the order of
         # views depends on them.
         self.datamanager.row_centres = lambda: self.model.engine.row_centres(SAMPLES)
+        self._drawn: _Drawn | None = None
+        self._again = False
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         with readable_errors():
@@ -67,9 +87,29 @@ class GSScalePipeline(VanillaPipeline):
         self.datamanager.resume(state["datamanager"])
 
     def get_train_loss_dict(self, step: int) -> Any:
-        camera, batch = self.datamanager.next_train(step)
-        upcoming = self.datamanager.upcoming(self.model.engine.look_ahead)
-        self.model.upcoming = [self.datamanager.train_camera(index) for index in upcoming]
+        again, self._again = self._again, False
+        if again and self._drawn is not None:
+            restore_random_state(self._drawn.random, self.device)
+        else:
+            self._drawn = None  # or two images would be held
+            self._drawn = self._draw(step)
+        camera, batch = self._drawn.camera, self._drawn.batch
+        self.model.upcoming = list(self._drawn.upcoming)
         outputs = self.model(camera)
         metrics = self.model.get_metrics_dict(outputs, batch)
         return outputs, self.model.get_loss_dict(outputs, batch, metrics), metrics
+
+    def _draw(self, step: int) -> _Drawn:
+        camera, batch = self.datamanager.next_train(step)
+        upcoming = self.datamanager.upcoming(self.model.engine.look_ahead)
+        cameras = [self.datamanager.train_camera(index) for index in upcoming]
+        return _Drawn(camera, batch, cameras, random_state(self.device))
+
+    def draw_again(self) -> None:
+        """Let the next step be one of the present image and the same random numbers."""
+        self._again = True
+
+    def step_ended(self) -> None:
+        """The present step will not be done again."""
+        self._drawn = None
+        self._again = False

@@ -6,15 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
 
 from gsscale_nerfstudio import checkpoint
-from gsscale_nerfstudio.errors import readable_errors
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 from gsscale_nerfstudio.evaluation import leave_moments_on_disk
+from gsscale_nerfstudio.optim import DeferredAdam
+from gsscale_nerfstudio.out_of_memory import no_room_left, retried
 from gsscale_nerfstudio.pipeline import GSScalePipeline
 from gsscale_nerfstudio.random_state import random_state, restore_random_state
+from gsscale_nerfstudio.undo import Undo
 
 RESUME = "gsscale"
 """The entry of a checkpoint that exact resuming takes beside Nerfstudio's own."""
@@ -67,6 +72,54 @@ class GSScaleTrainer(Trainer):
         with readable_errors():
             self.pipeline.plan_memory()
             super().train()
+
+    def setup_optimizers(self) -> Optimizers:
+        optimizers = super().setup_optimizers()
+        of_rows = DeferredAdam
+        self._undo = Undo(
+            {k: v for k, v in optimizers.optimizers.items() if not isinstance(v, of_rows)}
+        )
+        return optimizers
+
+    def train_iteration(self, step: int) -> Any:
+        """One step of training, done again with less in GPU memory where that has run out.
+
+        Raises:
+            GSScaleError: it ran out, and nothing can be given up any more.
+        """
+        steps_done = self.pipeline.model.engine.step_count
+        periods = self.gradient_accumulation_steps
+        self._undo.begin(name for name in self._undo.names if step % periods[name] != 0)
+        one_step = super().train_iteration
+        try:
+            loss, *logged = retried(
+                lambda: one_step(step), lambda said, tries: self._go_back(said, tries, steps_done)
+            )
+        finally:
+            self._undo.end()
+            self.pipeline.step_ended()
+        # Nerfstudio keeps what is returned until the end of the next step, and a graph, even one
+        # that backward has been through, keeps its leaves and their gradients.
+        return loss.detach(), *({k: _detached(v) for k, v in each.items()} for each in logged)
+
+    def _go_back(self, said: str, tries: int, steps_done: int) -> None:
+        """Put everything back to where it was before the step, and make room.
+
+        Rows are stepped last of all and after all memory for it was taken, so either none of them
+        have been stepped or all.
+        """
+        model = self.pipeline.model
+        if model.engine.step_count != steps_done:
+            raise GSScaleError(
+                f"GPU memory ran out when a step was complete but for its log ({said}); leave out "
+                "--log-gradients"
+            )
+        self._undo.take_back()
+        self.pipeline.draw_again()
+        model.engine.abandon()
+        if not model.engine.make_room(said, tries):
+            # What is left to give up is the view itself, which could be trained piece by piece.
+            raise no_room_left(said, model.num_points, model.last_size)
 
     def _load_checkpoint(self) -> None:
         path = self._checkpoint_to_load()
@@ -136,3 +189,7 @@ class GSScaleTrainer(Trainer):
             for other in self.checkpoint_dir.glob("*.ckpt"):
                 if other != path:
                     other.unlink()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

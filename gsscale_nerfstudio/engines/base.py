@@ -409,6 +409,7 @@ class Engine(ABC):
             rows: in the store.
             view_rows: of the largest view.
         """
+
     def _rows_of(self, view: View, step: int, ahead: bool) -> Tensor:
         """Ids of the rows that are brought in for ``view`` when ``step`` steps have been done.
 

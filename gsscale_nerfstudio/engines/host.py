@@ -36,6 +36,9 @@ from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
 from gsscale_nerfstudio.store.memory import with_spare
 
+_FEWEST = 1024
+"""Rows: where so few do not fit, it is not for their number."""
+
 _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
 
@@ -85,6 +88,7 @@ class HostEngine(EditableEngine):
         self.budget = budget or Budget()
         self.most_rows = 2**31 - 1
         """Of a view that is on the device at a time, at most."""
+        self._brought = 0  # rows, the last time
         self._sizing = ViewSizing(self.budget, device, store.layout)
         self._pending: _PendingStep | None = None
         self._rest: Future[None] | None = None
@@ -174,6 +178,7 @@ class HostEngine(EditableEngine):
             self._count(len(prepared.ids), len(prepared.ids), len(prepared.ids) * row_bytes)
             self._finish_step()
             return self._send(prepared.ids, viewpoint, training=True)
+        self._brought = len(prepared.ids)
         self._count(len(prepared.ids), len(cold.rows), len(prepared.ids) * row_bytes)
         layout = self.store.layout
         attributes = empty_attributes(layout, len(prepared.ids), viewpoint, training=True)
@@ -217,6 +222,7 @@ class HostEngine(EditableEngine):
 
     def _send(self, ids: Tensor, viewpoint: Viewpoint, training: bool) -> WorkingSet:
         """The working set of any rows, without anything done ahead; no step is pending."""
+        self._brought = len(ids)
         rows = self._outgoing.rows(len(ids))
         self._gather(ids, rows, None, self.history.tables)
         layout = self.store.layout
@@ -280,12 +286,26 @@ class HostEngine(EditableEngine):
 
     def make_room(self, said: str, tries: int) -> bool:
         if tries > 0:
-            return False
+            return self._make_parts_smaller(said)
         with uninterrupted():
             self._drop_announced()
             self._cold.let_go()
             self._give_back()
         self._tell(said, "what torch kept for later was given back")
+        return True
+
+    def _make_parts_smaller(self, said: str) -> bool:
+        """Let at most half as many rows be on the device at a time as there were this time."""
+        if self._brought < _FEWEST:
+            return False
+        self.most_rows = self._brought // 2
+        with uninterrupted():
+            self._drop_announced()
+            self._give_back()
+        self._tell(
+            said,
+            f"from here on views of more than {self.most_rows:,} Gaussians are drawn in parts",
+        )
         return True
 
     def _give_back(self) -> None:
