@@ -246,7 +246,8 @@ def gather_leaves(
     if FROM_HOST:
         m += tl.load(host_m + there, mask=fetch & behind, other=0.0)
         v += tl.load(host_v + there, mask=fetch & behind, other=0.0)
-    w -= quotient(s * m, root(v) + eps * f[:, None])
+    # As the host rounds: a row looks the same, bit by bit, wherever it is settled to be looked at.
+    w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
     out = i[:, None].to(tl.int64)
     at = live[:, None]
     tl.store(means + out * 3 + column, w, mask=at & (column < 3))
