@@ -296,7 +296,8 @@ class HostEngine(EditableEngine):
 
     def _make_parts_smaller(self, said: str) -> bool:
         """Let at most half as many rows be on the device at a time as there were this time."""
-        if self._brought < _FEWEST:
+        # More than asked for: parts that are as small as they can be.
+        if self._brought < _FEWEST or self._brought > self.most_rows:
             return False
         self.most_rows = self._brought // 2
         with uninterrupted():

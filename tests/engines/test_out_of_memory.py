@@ -271,11 +271,12 @@ def test_a_cache_that_cannot_be_made_is_made_smaller(monkeypatch):
         raise torch.cuda.OutOfMemoryError(MESSAGE)
 
     monkeypatch.setattr(RowCache, "grow", no_growth)
-    engine._sizing._most_slots = ROWS
+    engine.budget.rows = engine._sizing._most_slots = 3 * ROWS  # plenty: the cache is to grow
     engine.rest()
     engine._fit_later()
     training.step(3)
-    assert engine._cache is cache and engine._sizing._most_slots == ROWS * 3 // 4
+    wanted = ROWS + ROWS // 8
+    assert engine._cache is cache and engine._sizing._most_slots == wanted - wanted // 4
 
 
 def test_growing_may_fail_half_way():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import gsscale_nerfstudio.model
 from gsscale_nerfstudio.cull import Window
-from gsscale_nerfstudio.engines import ViewInParts
+from gsscale_nerfstudio.engines import ViewInParts, host
+from gsscale_nerfstudio.rasterize import rasterize
 from gsscale_nerfstudio.store import GROUPS
 from tests.runs import make_config, seeded, tiny_scene
 
@@ -130,6 +132,37 @@ def test_a_render_in_parts_is_the_render(scene, tmp_path):
     assert whole["accumulation"].max() > 0.5
     for name in ("rgb", "depth", "accumulation"):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [295, 2])
+def test_a_view_for_which_memory_runs_out_is_drawn_in_parts(
+    scene, tmp_path, monkeypatch, capsys, most
+):
+    """Of half as many rows each time, until they fit; later views begin with that. When windows
+    cannot be smaller, it ends."""
+    drawn = []
+
+    def small(means: Tensor, *args: Any, **options: Any) -> Any:
+        if len(means) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        drawn.append(len(means))
+        return rasterize(means, *args, **options)
+
+    monkeypatch.setattr(gsscale_nerfstudio.model, "rasterize", small)
+    monkeypatch.setattr(host, "_FEWEST", 1)
+    if most == 2:
+        with pytest.raises(SystemExit):
+            trained(scene, tmp_path, None, 3)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "nothing is left that could be given up" in said
+        return
+    trainer = trained(scene, tmp_path, None, 3)
+    engine = trainer.pipeline.model.engine
+    assert engine.step_count == 3 and engine.most_rows <= most
+    assert trainer.parts[0] == 1 and min(trainer.parts[-2:]) > 1
+    assert max(drawn) <= most
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"views of more than {engine.most_rows} Gaussians are drawn in parts" in said
 
 
 def test_windows_are_halved_at_the_borders_of_tiles():
