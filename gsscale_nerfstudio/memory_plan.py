@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES, Budget
+from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES, IN_TENSORS, Budget
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.resident import ResidentEngine
 from gsscale_nerfstudio.engines.sizing import LEAST_VIEW_ROW_BYTES, view_bytes, with_margin
@@ -34,7 +34,7 @@ class Gpu:
 
     Attributes:
         free: what training could take of the card, CUDA's own included.
-        budget: what the user lets it take; None for all that is free.
+        budget: what the user lets tensors and CUDA take; None for all that is free.
         images: what images will take.
         caches: whether the resident engine trains, as long as it can.
     """
@@ -265,7 +265,8 @@ def _refuse_small_gpu(given: Circumstances, gpu: Gpu) -> None:
     if least <= gpu.available:
         return
     if least <= gpu.free:
-        remedy = f"raise --pipeline.model.vram-budget-gb to at least {least / 1e9 + 0.05:.1f}"
+        enough = least / IN_TENSORS / 1e9 + 0.05
+        remedy = f"raise --pipeline.model.vram-budget-gb to at least {enough:.1f}"
     elif least - gpu.images <= gpu.available:
         remedy = "keep images in host memory (--pipeline.datamanager.cache-images cpu)"
     else:
@@ -336,7 +337,7 @@ def measure(model: GSScaleModel, data: GSScaleDatamanager) -> Circumstances:
         budget = config.vram_budget_gb
         gpu = Gpu(
             free=int(Budget().available(device)) + CONTEXT_BYTES,
-            budget=None if budget is None else int(budget * 1e9),
+            budget=None if budget is None else int(IN_TENSORS * budget * 1e9),
             images=placement.on_gpu,
             caches=config.engine != "host",
         )

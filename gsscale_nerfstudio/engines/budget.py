@@ -12,6 +12,10 @@ CONTEXT_BYTES = 600 << 20
 _HEADROOM = 0.9
 """Share of the free memory that is taken when the user names no budget."""
 
+IN_TENSORS = 0.92
+"""Share of a budget that is for tensors and CUDA. torch holds more than tensors take: on an H200,
+with a budget of 4 GB, 3.66 GB for 3.43."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -50,5 +54,5 @@ class Budget:
             free, _ = torch.cuda.mem_get_info(device)
             available = _HEADROOM * (free + torch.cuda.memory_reserved(device))
         if self.gigabytes is not None:
-            available = min(available, self.gigabytes * 1e9 - CONTEXT_BYTES)
+            available = min(available, IN_TENSORS * self.gigabytes * 1e9 - CONTEXT_BYTES)
         return available
