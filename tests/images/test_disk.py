@@ -54,7 +54,7 @@ def epochs(images, count, each_step=None):
         assert bool((data["image"] == order[step] % 251).all())
         del data
         if each_step is not None:
-            each_step()
+            each_step(order[step + 1 : step + images.ahead])
         if step % n == n - 1:
             reads.append(images.reads)
     return [after - before for before, after in zip([0, *reads], reads, strict=False)]
@@ -110,8 +110,14 @@ def test_two_images_are_enough():
 def test_images_are_there_before_they_are_asked_for():
     shelf = Shelf([100] * 50)
     images = DiskImages(shelf.read, shelf.sizes, budget=2000, threads=2)
-    epochs(images, 3, each_step=lambda: time.sleep(4e-3))
-    assert images.waits <= 10  # of 150; the first can't be there
+
+    def slow_step(upcoming):
+        end = time.monotonic() + 60
+        while not all(images.ready(index) for index in upcoming) and time.monotonic() < end:
+            time.sleep(1e-3)
+
+    epochs(images, 3, each_step=slow_step)
+    assert images.waits == 1  # of 150; the first can't be there
     slow = DiskImages(shelf.read, shelf.sizes, budget=2000, threads=1)
     epochs(slow, 1)
     assert slow.waits > 10
@@ -146,21 +152,21 @@ def test_an_image_that_was_not_announced():
 def test_two_at_a_time_do_not_disturb_each_other():
     sizes = [100] * 30
     one, other = (DiskImages(Shelf(sizes).read, sizes, 1200, threads=2) for _ in range(2))
-    epochs(one, 2, each_step=lambda: other[random.randrange(30)])
+    epochs(one, 2, each_step=lambda _: other[random.randrange(30)])
     assert other.reads > 0
 
 
 def test_threads_end_with_the_images():
-    before = threading.active_count()
+    others = set(threading.enumerate())  # of earlier tests, which may end at any time
     shelf = Shelf([100] * 30)
     images = DiskImages(shelf.read, shelf.sizes, budget=1000, threads=4)
     epochs(images, 1)
-    assert threading.active_count() == before + 4
+    readers = set(threading.enumerate()) - others
+    assert len(readers) == 4
     del images
-    end = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for reader in readers:
+        reader.join(timeout=10)
+    assert not any(reader.is_alive() for reader in readers)
     assert shelf.bytes == 0
 
 
