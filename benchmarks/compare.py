@@ -10,38 +10,25 @@ on from there. ``report.py`` turns the files into ``docs/benchmarks.md``.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks import cli, overrides, results, tables
 from benchmarks import machine as machine_info
-from benchmarks import overrides, results, tables
 from benchmarks.children import Files, Outcome, run_all, tail
 from benchmarks.plan import CompareArgs, PlanError, RunSpec
 from benchmarks.results import Comparison, Run
-from benchmarks.scene import SceneError, dataparser_arguments
+from benchmarks.scene import dataparser_arguments
 
-RESULTS = machine_info.ROOT / "docs" / "results"
-USER_ERRORS = (
-    PlanError,
-    SceneError,
-    overrides.OverrideError,
-    machine_info.MachineError,
-    results.ResultsError,
-)
-LOG_WIDTH = 160
 RUN_ONE = Path(__file__).resolve().with_name("run_one.py")
 
 Command = Callable[[RunSpec, Files], list[str]]
@@ -93,8 +80,7 @@ def output_path(args: CompareArgs) -> Path:
     """Where the file goes; an existing one is only ever appended to."""
     path = args.output or args.append
     if path is None:
-        date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-        path = RESULTS / f"{args.scene_name}-{args.steps}-{date}.json"
+        path = results.new_path(f"{args.scene_name}-{args.steps}")
     if path.exists() and (args.append is None or path.resolve() != args.append.resolve()):
         raise PlanError(f"{path} exists: add to it with --append, or name another --output")
     return path
@@ -179,25 +165,9 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         console.print(f"[bold red]failed[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
-def _exit_on_sigterm(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
-
-
 def main() -> int:
     """The command line. Exit status 1 when a run failed, 2 when nothing was started."""
-    args = tyro.cli(CompareArgs, description=__doc__)
-    console = Console()
-    if not console.is_terminal:  # a log can be as wide as the tables; the default is 80 columns
-        console.width = LOG_WIDTH
-    # A time limit ends this process with SIGTERM: leave through the code that ends the children.
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
-    try:
-        return 1 if compare(args, console) else 0
-    except USER_ERRORS as error:
-        console.print(
-            f"[bold red]compare:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        return 2
+    return cli.run(CompareArgs, __doc__, compare)
 
 
 if __name__ == "__main__":

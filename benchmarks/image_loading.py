@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -26,14 +25,13 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from benchmarks import cli, results
 from benchmarks import machine as machine_info
-from benchmarks import results
 from benchmarks.plan import PlanError
-from benchmarks.scene import SceneError, dataparser_arguments
+from benchmarks.scene import dataparser_arguments
 from benchmarks.step_table import say, show
 from benchmarks.tables import TextTable, describe_machine
 
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
     from gsscale_nerfstudio.datamanager import GSScaleDatamanager, GSScaleDatamanagerConfig
 
 KIND = "image_loading"
-LOG_WIDTH = 120
-USER_ERRORS = (PlanError, SceneError, machine_info.MachineError, results.ResultsError)
 LEGEND = """\
 Pillow: decoded as Nerfstudio does it. ours: as gsscale does it. whole: with undistortion, as
 training wants it; per thread: of that. in memory: share of the training images that there is room
@@ -247,7 +243,7 @@ def measure(args: ImageLoadingArgs, console: Console) -> dict[str, Any]:
         "rates": rates,
         "paths": measure_paths(config, args),
     }
-    results.write_text(args.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    results.write_report(args.output, report)
     say(
         f"{report['scene']}: {report['images']} training images, the first of "
         f"{report['width']} x {report['height']} pixels; {describe_machine(machine)}",
@@ -268,17 +264,7 @@ def measure(args: ImageLoadingArgs, console: Console) -> dict[str, Any]:
 
 def main() -> int:
     """The command line. Exit status 2 when nothing was started."""
-    args = tyro.cli(ImageLoadingArgs, description=__doc__)
-    console = Console()
-    if not console.is_terminal:  # a log can be as wide as the table; the default is 80 columns
-        console.width = LOG_WIDTH
-    try:
-        measure(args, console)
-    except USER_ERRORS as error:
-        text = escape(str(error))
-        console.print(f"[bold red]image_loading:[/] {text}", highlight=False, soft_wrap=True)
-        return 2
-    return 0
+    return cli.run(ImageLoadingArgs, __doc__, measure)
 
 
 if __name__ == "__main__":

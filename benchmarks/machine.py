@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.errors import BenchmarkError
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT_VARIABLE = "GSSCALE_COMMIT"
 PACKAGES = ("torch", "gsplat", "nerfstudio")
@@ -17,7 +19,7 @@ GENERATED = ("docs/results", "docs/images", "docs/benchmarks.md")
 """What measuring itself writes; it doesn't make the measured code another one."""
 
 
-class MachineError(RuntimeError):
+class MachineError(BenchmarkError):
     """The machine or the commit can't be told; the message says what to do."""
 
 

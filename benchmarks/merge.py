@@ -16,7 +16,7 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
 
 import tyro
 
-from benchmarks import results
+from benchmarks import cli, results
 
 
 @dataclass
@@ -42,13 +42,8 @@ def merge(args: MergeArgs) -> None:
 
 
 def main() -> int:
-    """The command line."""
-    try:
-        merge(tyro.cli(MergeArgs, description=__doc__))
-    except results.ResultsError as error:
-        print(f"merge: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line. Exit status 2 when nothing was written."""
+    return cli.run(MergeArgs, __doc__, lambda args, _: merge(args))
 
 
 if __name__ == "__main__":

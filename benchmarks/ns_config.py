@@ -9,6 +9,7 @@ import tyro
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion, all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.overrides import to_arguments
 from benchmarks.scene import dataparser_arguments
 
@@ -25,7 +26,7 @@ QUIET = [
 ]
 
 
-class ConfigError(RuntimeError):
+class ConfigError(BenchmarkError):
     """A method, an engine or a setting that Nerfstudio doesn't know."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 
+from benchmarks.errors import BenchmarkError
 
-class OverrideError(RuntimeError):
+
+class OverrideError(BenchmarkError):
     """A setting that is not ``name=value``."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import overrides as settings
+from benchmarks.errors import BenchmarkError
 
 BASELINE = "splatfacto"
 """The method that the others are compared with."""
@@ -16,7 +17,7 @@ ENGINE_METHODS = "gsscale"
 """Methods whose name starts so run once for every engine."""
 
 
-class PlanError(RuntimeError):
+class PlanError(BenchmarkError):
     """Arguments that make no sense together."""
 
 

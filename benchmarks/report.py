@@ -13,9 +13,8 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
-import tyro
 
-from benchmarks import results, tables
+from benchmarks import cli, results, tables
 from benchmarks.results import Comparison
 from benchmarks.tables import TextTable
 
@@ -140,12 +139,8 @@ def report(args: ReportArgs) -> int:
 
 
 def main() -> int:
-    """The command line."""
-    try:
-        return report(tyro.cli(ReportArgs, description=__doc__))
-    except results.ResultsError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+    """The command line. Exit status 1 when the page is out of date, 2 when there is none."""
+    return cli.run(ReportArgs, __doc__, lambda args, _: report(args))
 
 
 if __name__ == "__main__":

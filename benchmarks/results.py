@@ -8,18 +8,21 @@ which.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.machine import ROOT
+from gsscale_nerfstudio.files import whole_file
 
 KIND = "comparison"
 """Value of the ``kind`` key: other JSON files may lie in the same folder."""
 
 
-class ResultsError(RuntimeError):
+class ResultsError(BenchmarkError):
     """A file that can't be used, or runs that must not share one; the message says what to do."""
 
 
@@ -175,17 +178,21 @@ def save(comparison: Comparison, path: Path) -> None:
     write_text(path, to_json(comparison))
 
 
+def new_path(name: str) -> Path:
+    """A file of this moment in ``docs/results``."""
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    return ROOT / "docs" / "results" / f"{name}-{date}.json"
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write a file that is no comparison, as :func:`save` does."""
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` with ``text`` in one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 is not for a file that goes into the repository
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"could not write {path}: {error}; name another --output") from error

@@ -10,8 +10,6 @@ there is no GPU, its part is left out.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import os
 import shlex
 import sys
@@ -24,14 +22,13 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from benchmarks import cli, results
 from benchmarks import machine as machine_info
-from benchmarks import overrides, results
 from benchmarks.plan import PlanError
-from benchmarks.scene import SceneError, dataparser_arguments
+from benchmarks.scene import dataparser_arguments
 from benchmarks.step_table import say, show
 from benchmarks.tables import TextTable, describe_machine
 
@@ -41,16 +38,7 @@ if TYPE_CHECKING:
     from benchmarks.rows_host import HostRows, Measurement
 
 KIND = "rows"
-RESULTS = machine_info.ROOT / "docs" / "results"
-LOG_WIDTH = 120
 THREADS_VARIABLE = "OMP_NUM_THREADS"
-USER_ERRORS = (
-    PlanError,
-    SceneError,
-    overrides.OverrideError,
-    machine_info.MachineError,
-    results.ResultsError,
-)
 LEGEND = """\
 GB/s: bytes that the task needs (read + written) over the time. of rate: share of the faster of
 copy and in-place scaling (host), of device_copy (gpu), of h2d, d2h or duplex copies (link: read,
@@ -172,8 +160,7 @@ def measure(args: RowsArgs, console: Console) -> dict[str, Any]:
     """Measure, write the file, print the table. Returns what was written."""
     args.check()
     scene_name = args.scene.resolve().name
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    path = args.output or RESULTS / f"rows-{scene_name}-{args.rows}-{date}.json"
+    path = args.output or results.new_path(f"rows-{scene_name}-{args.rows}")
     machine, commit = machine_info.describe_apart(), machine_info.commit(args.commit)
     threads = args.threads or machine["cores"]
     # Read when the OpenMP libraries are loaded: before the imports below.
@@ -217,7 +204,7 @@ def measure(args: RowsArgs, console: Console) -> dict[str, Any]:
         "kernels": [to_dict(one, max(rates.values())) for one in host.measure()],
         "gpu": gpu_part(host, console),
     }
-    results.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    results.write_report(path, report)
     say(f"{scene_name}, {args.rows:,} rows, {report['visible_share']:.1%} visible", console)
     say(f"{describe_machine(machine)}; {threads} threads", console)
     say(f"memory, read + written: {_shown(rates)}", console)
@@ -236,17 +223,7 @@ def _shown(rates: dict[str, float]) -> str:
 
 def main() -> int:
     """The command line. Exit status 2 when nothing was started."""
-    args = tyro.cli(RowsArgs, description=__doc__)
-    console = Console()
-    if not console.is_terminal:  # a log can be as wide as the table; the default is 80 columns
-        console.width = LOG_WIDTH
-    try:
-        measure(args, console)
-    except USER_ERRORS as error:
-        text = escape(str(error))
-        console.print(f"[bold red]rows:[/] {text}", highlight=False, soft_wrap=True)
-        return 2
-    return 0
+    return cli.run(RowsArgs, __doc__, measure)
 
 
 if __name__ == "__main__":

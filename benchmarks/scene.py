@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.overrides import to_arguments
 
 COLMAP_MODELS = ("sparse/0", "colmap/sparse/0")
 
 
-class SceneError(RuntimeError):
+class SceneError(BenchmarkError):
     """A folder that neither dataparser reads."""
 
 

@@ -9,8 +9,6 @@ order.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import shlex
 import sys
 import time
@@ -24,13 +22,12 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
 
 import numpy as np
 import torch
-import tyro
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from rich.console import Console
 from rich.markup import escape
 
+from benchmarks import cli, results
 from benchmarks import machine as machine_info
-from benchmarks import results
 from benchmarks.host_memory import forget_peak, peak_host_bytes
 from benchmarks.plan import PlanError
 from benchmarks.step_table import say, show
@@ -39,8 +36,6 @@ from gsscale_nerfstudio.seeding import neighbour_tree, place_rows, size_rows
 from gsscale_nerfstudio.store import HostStore, RowLayout
 
 KIND = "seeding"
-RESULTS = machine_info.ROOT / "docs" / "results"
-LOG_WIDTH = 120
 CELLS = 20
 """Walls stand on the lines of a grid with this many cells to a side of length 1."""
 LEGEND = """\
@@ -159,8 +154,7 @@ def table(seedings: list[Seeding]) -> TextTable:
 def measure(args: SeedingArgs, console: Console) -> dict[str, Any]:
     """Measure, write the file, print the table. Returns what was written."""
     args.check()
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    path = args.output or RESULTS / f"seeding-{date}.json"
+    path = args.output or results.new_path("seeding")
     machine, commit = machine_info.describe_apart(), machine_info.commit(args.commit)
     seed_cloud(1000, args.seed)  # what is loaded and started once
     seedings = []
@@ -175,7 +169,7 @@ def measure(args: SeedingArgs, console: Console) -> dict[str, Any]:
         "command": args.command(),
         "seedings": [{**dataclasses.asdict(one), "total_s": one.total_s} for one in seedings],
     }
-    results.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    results.write_report(path, report)
     say(describe_machine(machine), console)
     show(table(seedings), console)
     say(LEGEND, console)
@@ -185,17 +179,7 @@ def measure(args: SeedingArgs, console: Console) -> dict[str, Any]:
 
 def main() -> int:
     """The command line. Exit status 2 when nothing was started."""
-    args = tyro.cli(SeedingArgs, description=__doc__)
-    console = Console()
-    if not console.is_terminal:  # a log can be as wide as the table; the default is 80 columns
-        console.width = LOG_WIDTH
-    try:
-        measure(args, console)
-    except (PlanError, machine_info.MachineError, results.ResultsError) as error:
-        text = escape(str(error))
-        console.print(f"[bold red]seeding:[/] {text}", highlight=False, soft_wrap=True)
-        return 2
-    return 0
+    return cli.run(SeedingArgs, __doc__, measure)
 
 
 if __name__ == "__main__":

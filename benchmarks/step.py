@@ -9,10 +9,7 @@ Every method runs in a process of its own, one after the other, on the same made
 
 from __future__ import annotations
 
-import datetime
-import json
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,20 +20,17 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from benchmarks import cli, overrides, results, step_table
 from benchmarks import machine as machine_info
-from benchmarks import overrides, results, step_table
 from benchmarks.children import Files, Outcome, run_all, tail
 from benchmarks.plan import PlanError, RunSpec
-from benchmarks.scene import SceneError, dataparser_arguments
+from benchmarks.scene import dataparser_arguments
 
 KIND = "step"
-RESULTS = machine_info.ROOT / "docs" / "results"
 CHILD = Path(__file__).resolve().with_name("step_child.py")
-LOG_WIDTH = 200
 METHODS: dict[str, tuple[str, str | None]] = {
     "splatfacto": ("splatfacto", None),
     "gsplat": ("gsplat", None),
@@ -46,13 +40,6 @@ METHODS: dict[str, tuple[str, str | None]] = {
 }
 """Names on the command line: the method and its engine."""
 NEED_CUDA = ("splatfacto", "gsplat")
-USER_ERRORS = (
-    PlanError,
-    SceneError,
-    overrides.OverrideError,
-    machine_info.MachineError,
-    results.ResultsError,
-)
 
 
 @dataclass
@@ -158,8 +145,7 @@ def measure(args: StepArgs, console: Console, command: Command | None = None) ->
     """Run the methods, write the file, print the tables. Returns how many methods failed."""
     args.check()
     scene = args.scene.resolve().name
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    path = args.output or RESULTS / f"step-{scene}-{args.rows}-{date}.json"
+    path = args.output or results.new_path(f"step-{scene}-{args.rows}")
     report: dict[str, Any] = {
         "kind": KIND,
         "scene": scene,
@@ -187,7 +173,7 @@ def measure(args: StepArgs, console: Console, command: Command | None = None) ->
         name = names[outcome.spec]
         settings = list(outcome.spec.overrides)
         report["runs"].append({"method": name, "overrides": settings, **outcome.measured})
-        save(report, path)
+        results.write_report(path, report)
         if "error" in outcome.measured:
             failed += 1
             console.print(f"[bold red]failed[/] {name} after {outcome.seconds:.0f} s:")
@@ -207,35 +193,15 @@ def measure(args: StepArgs, console: Console, command: Command | None = None) ->
         console=console,
         on_done=on_done,
     )
-    save(report, path)
+    results.write_report(path, report)
     step_table.show_report(report, console)
     console.print(f"written to {escape(str(path))}")
     return failed
 
 
-def save(report: dict[str, Any], path: Path) -> None:
-    """Write the file under a temporary name and rename it."""
-    results.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
-
-
-def _exit_on_sigterm(signum: int, frame: object) -> None:
-    sys.exit(128 + signum)
-
-
 def main() -> int:
     """The command line. Exit status 1 when a method failed, 2 when nothing was started."""
-    args = tyro.cli(StepArgs, description=__doc__)
-    console = Console()
-    if not console.is_terminal:  # a log can be as wide as the tables; the default is 80 columns
-        console.width = LOG_WIDTH
-    # A time limit ends this process with SIGTERM: leave through the code that ends the children.
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
-    try:
-        return 1 if measure(args, console) else 0
-    except USER_ERRORS as error:
-        text = escape(str(error))
-        console.print(f"[bold red]step:[/] {text}", highlight=False, soft_wrap=True)
-        return 2
+    return cli.run(StepArgs, __doc__, measure)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from gsscale_nerfstudio import streamed
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.files import whole_file
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
@@ -64,24 +64,15 @@ def save(state: dict[str, Any], path: Path, scratch: Path) -> None:
     Raises:
         GSScaleError: the disk is full or not writable; older checkpoints are untouched.
     """
-    # Always the same name: what a killed process has left there is overwritten.
-    unfinished = scratch / ".unfinished.ckpt.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        streamed.save(plain(state), unfinished)
-        os.replace(unfinished, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut, too
-        finally:
-            os.close(folder)
+        # Always the same name: what a killed process has left there is overwritten.
+        with whole_file(path, scratch / ".unfinished.ckpt.tmp") as unfinished:
+            streamed.save(plain(state), unfinished)
     except (OSError, RuntimeError) as error:
         raise GSScaleError(
             f"could not write the checkpoint {path}: {error}; free disk space or choose another "
             "--output-dir. Earlier checkpoints are untouched."
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:

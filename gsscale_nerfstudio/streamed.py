@@ -26,7 +26,7 @@ def save(state: Any, path: Path) -> None:
 
     Args:
         state: dictionaries, lists and tuples of tensors and plain values.
-        path: a file to be written, and on the disk when this returns.
+        path: a file to be written.
 
     Raises:
         OSError: the disk is full, or not writable.
@@ -44,7 +44,6 @@ def save(state: Any, path: Path) -> None:
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
                 places = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             _fill(places, state)
-        os.fsync(file.fileno())
 
 
 def _changed(state: Any, change: Any) -> Any:

@@ -14,10 +14,10 @@ from nerfstudio.utils.eval_utils import eval_setup
 from rich.progress import Progress
 
 from gsscale_nerfstudio.errors import GSScaleError, readable_errors
-from gsscale_nerfstudio.export.files import whole_file
 from gsscale_nerfstudio.export.gaussians import Gaussians
 from gsscale_nerfstudio.export.ply import write_ply
 from gsscale_nerfstudio.export.spz import write_spz
+from gsscale_nerfstudio.files import whole_file
 
 _WRITERS = {".ply": write_ply, ".spz": write_spz}
 
@@ -85,10 +85,20 @@ def write(
     """
     _check_name(path)
     gaussians = Gaussians(model, box)
-    with whole_file(path) as file, Progress(transient=True) as progress:
-        bar = progress.add_task(f"writing {path.name}", total=1.0)
-        for share in _WRITERS[path.suffix.lower()](file, gaussians, color):
-            progress.update(bar, completed=share)
+    write_to = _WRITERS[path.suffix.lower()]
+    try:
+        with (
+            whole_file(path) as unfinished,
+            unfinished.open("wb") as file,
+            Progress(transient=True) as progress,
+        ):
+            bar = progress.add_task(f"writing {path.name}", total=1.0)
+            for share in write_to(file, gaussians, color):
+                progress.update(bar, completed=share)
+    except OSError as error:
+        raise GSScaleError(
+            f"could not write {path}: {error}; free disk space or choose another --output"
+        ) from error
     return gaussians.count, gaussians.n
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -255,9 +254,3 @@ def test_scripts_start_from_anywhere(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
-
-
-def test_sigterm_leaves_through_the_cleanup():
-    with pytest.raises(SystemExit) as left:
-        compare._exit_on_sigterm(signal.SIGTERM, None)
-    assert left.value.code == 143

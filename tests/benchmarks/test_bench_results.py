@@ -31,7 +31,7 @@ def test_a_failed_write_keeps_the_file(tmp_path, make_run, make_comparison):
     assert path.read_text() == before
     path.unlink()
     path.mkdir()  # the rename fails
-    with pytest.raises(OSError):
+    with pytest.raises(results.ResultsError, match="another --output"):
         results.save(make_comparison([make_run()]), path)
     assert [p.name for p in tmp_path.iterdir()] == ["park.json"], "a temporary file was left"
 
