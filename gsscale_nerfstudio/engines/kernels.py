@@ -23,6 +23,7 @@ from gsscale_nerfstudio.engines.color_kernels import (
     store_colors,
 )
 from gsscale_nerfstudio.engines.colors import Viewpoint
+from gsscale_nerfstudio.engines.leaf_kernels import load_leaves, store_leaves
 from gsscale_nerfstudio.store import RowLayout
 
 RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -248,12 +249,7 @@ def gather_leaves(
         v += tl.load(host_v + there, mask=fetch & behind, other=0.0)
     # As the host rounds: a row looks the same, bit by bit, wherever it is settled to be looked at.
     w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
-    out = i[:, None].to(tl.int64)
-    at = live[:, None]
-    tl.store(means + out * 3 + column, w, mask=at & (column < 3))
-    tl.store(scales + out * 3 + (column - 3), w, mask=at & (column >= 3) & (column < 6))
-    tl.store(quats + out * 4 + (column - 6), w, mask=at & (column >= 6) & (column < 10))
-    tl.store(opacities + out + (column - 10), w, mask=at & (column == 10))
+    store_leaves(w, column, i, live, means, scales, quats, opacities)
     store_colors(
         w, column, i, live, n, table, position, bands_end, colors, slopes, SLOPES, DEGREE, SH
     )
@@ -343,15 +339,7 @@ def settle_and_step_rows(
 
     row_of = i.to(tl.int64)
     row = row_of[:, None]
-    # Each load reads the columns of one attribute only; together they are the gradient row.
-    g = tl.load(g_means + row * 3 + column, mask=take & (column < 3), other=0.0)
-    g += tl.load(
-        g_scales + row * 3 + (column - 3), mask=take & (column >= 3) & (column < 6), other=0.0
-    )
-    g += tl.load(
-        g_quats + row * 4 + (column - 6), mask=take & (column >= 6) & (column < 10), other=0.0
-    )
-    g += tl.load(g_opacities + row + (column - 10), mask=take & (column == 10), other=0.0)
+    g = load_leaves(column, i, live, g_means, g_scales, g_quats, g_opacities)
     g += coefficient_gradients(
         column, i, live, means, position, table, bands_end, g_colors, DEGREE, SH
     )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gsscale_nerfstudio.engines.color_kernels import coefficient_gradients, store_colors
+from gsscale_nerfstudio.engines.leaf_kernels import load_leaves, store_leaves
 
 
 @triton.jit(do_not_specialize=["n", "total", "bands_end"])
@@ -47,12 +48,7 @@ def unpack_rows(
     # Bookkeeping, too: whole rows are read in pieces of 16 bytes.
     w = tl.load(rows + i[:, None].to(tl.int64) * WIDTH + column, mask=at & (column < WIDTH))
     place = tl.load(positions + i, mask=live, other=0) if SCATTER else i
-    out = place.to(tl.int64)
-    each = out[:, None]
-    tl.store(means + each * 3 + column, w, mask=at & (column < 3))
-    tl.store(scales + each * 3 + (column - 3), w, mask=at & (column >= 3) & (column < 6))
-    tl.store(quats + each * 4 + (column - 6), w, mask=at & (column >= 6) & (column < 10))
-    tl.store(opacities + each + (column - 10), w, mask=at & (column == 10))
+    store_leaves(w, column, place, live, means, scales, quats, opacities)
     store_colors(
         w,
         column,
@@ -107,15 +103,7 @@ def pack_gradients(
     column = tl.arange(0, COLUMNS)[None, :]
     at = live[:, None]
     row = i[:, None].to(tl.int64)
-    # Each load reads the columns of one attribute only; together they are the gradient row.
-    g = tl.load(g_means + row * 3 + column, mask=at & (column < 3), other=0.0)
-    g += tl.load(
-        g_scales + row * 3 + (column - 3), mask=at & (column >= 3) & (column < 6), other=0.0
-    )
-    g += tl.load(
-        g_quats + row * 4 + (column - 6), mask=at & (column >= 6) & (column < 10), other=0.0
-    )
-    g += tl.load(g_opacities + row + (column - 10), mask=at & (column == 10), other=0.0)
+    g = load_leaves(column, i, live, g_means, g_scales, g_quats, g_opacities)
     g += coefficient_gradients(
         column, i, live, means, position, table, bands_end, g_colors, DEGREE, SH
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines import Engine, HostEngine, ResidentEngine
-from gsscale_nerfstudio.engines.working_set import LEAVES
+from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_colors
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
@@ -134,6 +134,19 @@ def around(step: int) -> View:
     return views[step * 5 % len(views)]
 
 
+def give_gradients(working: WorkingSet, drawn: Tensor, step: int) -> None:
+    """What rendering and backward leave behind; only rows that are ``drawn`` [n] have a share."""
+    means = working.leaves["means"].detach()
+    times = drawn.to(means)
+    colors = working.colors.values
+    colors.backward(gradient_of_colors(colors.detach(), step) * times[:, None])
+    for leaf in working.leaves.values():
+        grad = gradient(leaf.detach(), step) * times[:, None]
+        leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+    norms = torch.sin(15 * means[:, 0]).abs() * times
+    working.statistics = lambda: (norms, times, 0.01 * norms)
+
+
 def drive(
     engine: Engine,
     steps: int,
@@ -150,21 +163,12 @@ def drive(
         before_step(step)
         view = view_at(step)
         working = engine.begin(view)
-        means = working.leaves["means"].detach()
-        drawn = in_view(means, view)
+        drawn = in_view(working.leaves["means"].detach(), view)
         seen.append(Seen(working.ids[drawn].clone(), view))
         if announce(step):
             engine.announce([view_at(step + k) for k in range(1, 9)])
         in_step(step, optimizers)
-        has_one = drawn.to(engine.device)[:, None]
-        colors = working.colors.values
-        colors.backward(gradient_of_colors(colors.detach(), step) * has_one)
-        for leaf in working.leaves.values():
-            grad = gradient(leaf.detach(), step) * has_one
-            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
-        times = drawn.to(means)
-        norms = torch.sin(15 * means[:, 0]).abs() * times
-        working.statistics = lambda norms=norms, times=times: (norms, times, 0.01 * norms)
+        give_gradients(working, drawn, step)
         for name in GROUPS:
             optimizers[name].step()
             schedulers[name].step()

@@ -20,8 +20,7 @@ from gsscale_nerfstudio.store import GROUPS, RowLayout
 from tests.engines.driving import (
     FixedBudget,
     around,
-    gradient,
-    gradient_of_colors,
+    give_gradients,
     in_view,
     make_engine,
     make_optimizers,
@@ -70,17 +69,7 @@ class Training:
         # Which rows a view is given beyond those it sees depends on whether this step's spheres
         # have arrived, and to the last bit so do the rows.
         self.engine._wait_for_worker()
-        means = working.leaves["means"].detach()
-        drawn = in_view(means, view)
-        has_one = drawn.to(means)[:, None]
-        colors = working.colors.values
-        colors.backward(gradient_of_colors(colors.detach(), step) * has_one)
-        for leaf in working.leaves.values():
-            grad = gradient(leaf.detach(), step) * has_one
-            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
-        times = drawn.to(means)
-        norms = torch.sin(15 * means[:, 0]).abs() * times
-        working.statistics = lambda: (norms, times, 0.01 * norms)
+        give_gradients(working, in_view(working.leaves["means"].detach(), view), step)
         self.fail_before_stepping(step)
         for name in GROUPS:
             self.optimizers[name].step()
