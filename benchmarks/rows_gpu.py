@@ -19,7 +19,7 @@ from benchmarks.rows_host import LONGEST_GAP, STEP, HostRows, Measurement
 from gsscale_nerfstudio.engines.cache import RowCache
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.streams import SideStream, mark_current, wait, wait_in_stream
-from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
+from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet, working_set
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 
 REPETITIONS = 5
@@ -183,7 +183,8 @@ class GpuRows:
             step.append((len(ids), self._step(ids, slots)))
         # Slot and three rows read, leaves, colours and slopes written; slot, mean, gradients and
         # three rows read, three rows and a sphere written.
-        leaves, color, arrays = 4 * 11, 4 * 3, 3 * self._row_bytes
+        leaves = 4 * self.host.layout.columns[LEAVES[-1]].stop
+        color, arrays = 4 * 3, 3 * self._row_bytes
         stepped = 4 + color + leaves + color + 2 * arrays + 16
         return [
             _summary("gather", "gpu", "device_copy", gather, 4 + arrays + leaves + 4 * color),

@@ -56,7 +56,10 @@ class StepArgs:
     methods: tuple[str, ...] = ("splatfacto", "gsplat", "gsscale-host", "gsscale-resident")
     """splatfacto, gsplat, gsscale-host, gsscale-resident, gsscale-auto; in the order of running."""
     budget_gb: float | None = None
-    """GPU memory that gsscale may use (--pipeline.model.vram-budget-gb). Unset: the default."""
+    """GPU memory that gsscale may use (--pipeline.model.vram-budget-gb). Unset: the cap, if there
+    is one, or the default."""
+    cap_gb: float | None = None
+    """GPU memory that each method's process may have in all, as on a card of this size."""
     steps: int = 60
     """Timed steps."""
     warmup: int = 30
@@ -87,8 +90,11 @@ class StepArgs:
             raise PlanError("--rows and --steps must be at least 1, --warmup at least 0")
         if not 0 < self.visible <= 1:
             raise PlanError(f"--visible is a share, above 0 and at most 1, not {self.visible}")
-        if self.budget_gb is not None and not self.budget_gb > 0:
-            raise PlanError(f"--budget-gb must be positive, not {self.budget_gb}")
+        for name, gigabytes in (("budget", self.budget_gb), ("cap", self.cap_gb)):
+            if gigabytes is not None and not gigabytes > 0:
+                raise PlanError(f"--{name}-gb must be positive, not {gigabytes}")
+        if self.cap_gb is not None and self.device == "cpu":
+            raise PlanError("--cap-gb is of a GPU's memory; leave it out with --device cpu")
         if self.output is not None and self.output.exists():
             raise PlanError(f"{self.output} exists: name another --output")
         known = {method for method, _ in METHODS.values()}
@@ -101,8 +107,9 @@ class StepArgs:
         """The run of a method."""
         method, engine = METHODS[name]
         settings = overrides.for_method(list(self.overrides), method)
-        if engine is not None and self.budget_gb is not None:
-            settings.append(f"pipeline.model.vram-budget-gb={self.budget_gb}")
+        budget = self.cap_gb if self.budget_gb is None else self.budget_gb
+        if engine is not None and budget is not None:
+            settings.append(f"pipeline.model.vram-budget-gb={budget}")
         return RunSpec(method, engine, self.seed, tuple(settings))
 
     def command(self) -> str:
@@ -111,6 +118,7 @@ class StepArgs:
         words += ["--rows", str(self.rows), "--visible", str(self.visible)]
         words += ["--methods", *self.methods]
         words += ["--budget-gb", str(self.budget_gb)] if self.budget_gb is not None else []
+        words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
         words += ["--steps", str(self.steps), "--warmup", str(self.warmup)]
         words += ["--seed", str(self.seed), "--device", self.device]
         words += ["--overrides", *self.overrides] if self.overrides else []
@@ -131,6 +139,7 @@ def child_command(args: StepArgs) -> Command:
         words += ["--rows", str(args.rows), "--visible", str(args.visible)]
         words += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
         words += ["--seed", str(args.seed), "--device", args.device]
+        words += ["--cap-gb", str(args.cap_gb)] if args.cap_gb is not None else []
         words += ["--result", str(files.result), "--progress", str(files.progress)]
         words += ["--scratch", str(args.logs / "placeholder")]
         words += ["--overrides", *spec.overrides] if spec.overrides else []
@@ -152,6 +161,7 @@ def measure(args: StepArgs, console: Console, command: Command | None = None) ->
         "rows": args.rows,
         "visible": args.visible,
         "budget_gb": args.budget_gb,
+        "cap_gb": args.cap_gb,
         "steps": args.steps,
         "warmup": args.warmup,
         "truth": "one random uint8 image on the device; its content does not change a step's time",

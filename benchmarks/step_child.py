@@ -44,6 +44,8 @@ class ChildArgs:
     """Engine of gsscale."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to train."""
+    cap_gb: float | None = None
+    """GPU memory that this process may have in all."""
     overrides: tuple[str, ...] = ()
     """Settings as name=value."""
     dataparser_overrides: tuple[str, ...] = ()
@@ -65,8 +67,11 @@ def run(args: ChildArgs, output_dir: Path) -> dict[str, Any]:
     from nerfstudio.scripts import train as ns_train
 
     from benchmarks import fixed_rows, ns_config, offline, step_meter
+    from benchmarks.memory_cap import cap_gpu_memory
     from benchmarks.step_methods import GSScale, Method, Splatfacto
 
+    if args.cap_gb is not None:
+        cap_gpu_memory(args.cap_gb)
     name = "splatfacto" if args.method == GSPLAT else args.method
     arguments = ns_config.train_arguments(
         method=name,

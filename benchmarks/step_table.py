@@ -63,10 +63,10 @@ def step_table(report: dict[str, Any]) -> TextTable:
                 text(None if cull_s is None else 1e3 * cull_s, "{:.2f}"),
                 text(missed, "{:.0%}"),
                 text(run["gpu_busy_share"], "{:.0%}"),
-                text(_gb(run["peak_gpu_allocated_bytes"]), "{:.2f}"),
-                text(_gb(run["peak_gpu_reserved_bytes"]), "{:.2f}"),
+                text(gb(run["peak_gpu_allocated_bytes"]), "{:.2f}"),
+                text(gb(run["peak_gpu_reserved_bytes"]), "{:.2f}"),
                 text(memory, "{:.2f}x"),
-                text(_gb(run["peak_host_bytes"]), "{:.2f}"),
+                text(gb(run["peak_host_bytes"]), "{:.2f}"),
                 text(run["visible_rows"], "{:,.0f}"),
             ]
         )
@@ -129,5 +129,6 @@ def _ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-def _gb(value: float | None) -> float | None:
+def gb(value: float | None) -> float | None:
+    """Bytes in 10^9."""
     return None if value is None else value / 1e9

@@ -1,0 +1,31 @@
+"""A GPU with less memory than there is."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.errors import BenchmarkError
+
+
+def cap_gpu_memory(gigabytes: float) -> None:
+    """Let this process have so much GPU memory in all, as on a card of that size.
+
+    What is taken already, CUDA's context among it, counts: call it first of all, on a GPU that
+    nobody else uses. torch then raises out of memory where the card would have. What CUDA's
+    libraries take later, outside of torch, is not seen.
+
+    Args:
+        gigabytes: 10^9 bytes.
+
+    Raises:
+        BenchmarkError: that is not even enough for what is taken.
+    """
+    free, total = torch.cuda.mem_get_info()
+    taken = total - free
+    left = gigabytes * 1e9 - taken
+    if left <= 0:
+        raise BenchmarkError(
+            f"{taken / 1e9:.2f} GB of the GPU are taken before anything is measured, more than "
+            f"--cap-gb {gigabytes}; end other processes on it, or raise the cap"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, left / total))
