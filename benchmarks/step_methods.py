@@ -16,6 +16,7 @@ from nerfstudio.engine.optimizers import Optimizers
 from torch import Tensor, nn
 
 from benchmarks.fixed_rows import FixedRows, FixedScene
+from gsscale_nerfstudio.engines import Engine
 
 STEP = 30_000
 """What the models are told that the first step is: all SH bands, full resolution, densification
@@ -134,13 +135,7 @@ class GSScale(NerfstudioMethod):
     """Rows in host memory."""
 
     def _fill_after(self, rows: FixedRows) -> None:
-        # get_param_groups may have exchanged the engine for one that fits the device.
-        engine = self.model.engine
-        engine.store.resize(0)
-        for values in rows.chunks():
-            engine.store.append(values, stamp=0)
-        engine.store.sort()
-        engine.rows_changed()
+        fill_store(self.model.engine, rows)
         # Its callbacks would take this from the trainer: metrics are made only for the log.
         self.model._steps_per_log = self.config.logging.steps_per_log
         self._cut: dict[int, Cameras] = {}
@@ -162,6 +157,15 @@ class GSScale(NerfstudioMethod):
     def counters(self) -> dict[str, float] | None:
         counters = getattr(self.model.engine, "counters", None)
         return None if counters is None else {k: float(v) for k, v in counters.items()}
+
+
+def fill_store(engine: Engine, rows: FixedRows) -> None:
+    """Let an engine's rows be ``rows``, in Morton order."""
+    engine.store.resize(0)
+    for values in rows.chunks():
+        engine.store.append(values, stamp=0)
+    engine.store.sort()
+    engine.rows_changed()
 
 
 def device_rows(rows: FixedRows, device: torch.device) -> dict[str, nn.Parameter]:
