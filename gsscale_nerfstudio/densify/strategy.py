@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from gsplat.strategy import DefaultStrategy
@@ -22,6 +22,16 @@ _CHUNK = 1 << 20
 _SORT_FROM = 0.25
 """Share of rows out of Morton order from which sorting pays."""
 
+_FULL = (
+    "the host store is full; from here on only the most needed Gaussians are added, as pruning "
+    "makes room. Raise --pipeline.model.max-gaussians to grow further."
+)
+_LOW = (
+    "host memory is low: training goes on, but densification adds only as many Gaussians as leave "
+    "memory for checkpoints and images. Free host memory, or allow the container more, and it "
+    "grows again."
+)
+
 
 def _chunks(n: int) -> Iterator[slice]:
     for start in range(0, n, _CHUNK):
@@ -37,8 +47,7 @@ class RowStrategy(DefaultStrategy):
     the holes of removed ones. Beside those numbers, masks of one byte per row are allocated.
     """
 
-    _warned_full: bool = False
-    _warned_low: bool = False
+    _warnings: set[str] = field(default_factory=set)
 
     @torch.no_grad()
     def refine(self, engine: EditableEngine, step: int) -> None:
@@ -136,35 +145,16 @@ class RowStrategy(DefaultStrategy):
         room = store.room()
         if wanted <= room:
             return
-        if len(store) + room < store.capacity:
-            self._warn_low(len(store))
-        else:
-            self._warn_full(len(store))
+        self._warn_once(_LOW if len(store) + room < store.capacity else _FULL)
         candidates = torch.nonzero(duplicates | splits).flatten()
         weakest = summary.gradient[candidates].argsort()[: wanted - room]
         duplicates[candidates[weakest]] = False
         splits[candidates[weakest]] = False
 
-    def _warn_full(self, rows: int) -> None:
-        if not self._warned_full:
-            self._warned_full = True
-            CONSOLE.print(
-                f"[bold yellow]gsscale:[/bold yellow] the host store is full at {rows:,} "
-                "Gaussians; from here on only the most needed ones are added, as pruning makes "
-                "room. Raise --pipeline.model.max-gaussians to grow further.",
-                soft_wrap=True,
-            )
-
-    def _warn_low(self, rows: int) -> None:
-        if not self._warned_low:
-            self._warned_low = True
-            CONSOLE.print(
-                f"[bold yellow]gsscale:[/bold yellow] host memory is low at {rows:,} Gaussians: "
-                "training goes on, but densification adds only as many as leave memory for a "
-                "checkpoint's copy and for images. Free host memory, or allow the container "
-                "more, and it grows again.",
-                soft_wrap=True,
-            )
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warnings:
+            self._warnings.add(message)
+            CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {message}", soft_wrap=True)
 
 
 def pause_after_reset(num_images: int, refine_every: int, reset_every: int) -> int:
