@@ -13,7 +13,7 @@ from gsscale_nerfstudio import memory_plan
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
 from gsscale_nerfstudio.errors import readable_errors
 from gsscale_nerfstudio.model import GSScaleModel
-from gsscale_nerfstudio.random_state import random_state, restore_random_state
+from gsscale_nerfstudio.random_state import restore_random_state, torch_random_state
 from gsscale_nerfstudio.view_order import SAMPLES
 
 
@@ -31,7 +31,7 @@ class _Drawn:
     Attributes:
         camera, batch: see :meth:`.GSScaleDatamanager.next_train`.
         upcoming: cameras that come next.
-        random: states of the generators afterwards.
+        random: states of torch's generators afterwards.
     """
 
     camera: Cameras
@@ -103,7 +103,7 @@ class GSScalePipeline(VanillaPipeline):
         camera, batch = self.datamanager.next_train(step)
         upcoming = self.datamanager.upcoming(self.model.engine.look_ahead)
         cameras = [self.datamanager.train_camera(index) for index in upcoming]
-        return _Drawn(camera, batch, cameras, random_state(self.device))
+        return _Drawn(camera, batch, cameras, torch_random_state(self.device))
 
     def draw_again(self) -> None:
         """Let the next step be one of the present image and the same random numbers."""
