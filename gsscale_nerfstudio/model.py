@@ -57,18 +57,17 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     max_gaussians: int | None = None
     """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3. When the
     limit is reached, densification goes on with the most needed ones only. Training does not begin
-    if host memory cannot hold them, with the copy that a checkpoint takes while it is written.
-    Unset: as many as host memory holds at the time. GPU memory and speed depend on the Gaussians
-    that a view sees, not on this."""
+    if host memory cannot hold them. Unset: as many as host memory holds at the time. GPU memory and
+    speed depend on the Gaussians that a view sees, not on this."""
     engine: Literal["auto", "host", "resident"] = "auto"
     """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
     the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
     Gaussian that a view sees, and is slower. "auto": resident where there is a GPU, until the
     measured rates of link and host memory say that the other one is clearly faster."""
     vram_budget_gb: float | None = None
-    """GPU memory, in 10^9 bytes, that training may take in all with the resident engine: the
-    larger, the fewer Gaussians cross the link at each step. Unset, or more than that: 90 % of what
-    is free. Training does not begin with less than its largest view takes."""
+    """GPU memory, in 10^9 bytes, that training may take in all: the larger, the fewer Gaussians
+    cross the link at each step with the resident engine. Views for which it is too small are drawn
+    in parts. Unset, or more than that: 90 % of what is free."""
 
 
 class GSScaleModel(SplatfactoModel):
@@ -302,12 +301,6 @@ class GSScaleModel(SplatfactoModel):
         viewpoint = self._viewpoint(part.view, viewmat)
         working = self.engine.bring_part(whole, part, viewpoint, training)
         return working, self.draw(working, part.view, viewmat)
-
-    def take_part(self, part: Part, working: WorkingSet) -> None:
-        """Add a part's gradients to the view's."""
-        whole = self.engine.current
-        assert isinstance(whole, ViewInParts)
-        self.engine.take_part(whole, part, working)
 
     def _training_view(self, camera: Cameras) -> tuple[View, Tensor]:
         """The view of a training camera, and its pose with the camera optimizer's gradient."""

@@ -42,9 +42,6 @@ class Drawer(Protocol):
     def penalty(self, scales: Tensor) -> Tensor:
         """A term of the loss that is a sum over rows, of log-scales [m, 3]."""
 
-    def take_part(self, part: Part, working: WorkingSet) -> None:
-        """The gradients of a part's rows are there."""
-
 
 def draw_windows(
     views: list[View], size: tuple[int, int], draw: Callable[[View], Rendering]
@@ -66,7 +63,7 @@ def draw_windows(
 
 
 def draw_in_parts(
-    whole: ViewInParts, view: View, viewmat: Tensor, drawer: Drawer, absgrad_statistics: bool
+    whole: ViewInParts, view: View, viewmat: Tensor, drawer: Drawer, with_statistics: bool
 ) -> Picture:
     """Draw a view that is trained in parts.
 
@@ -75,10 +72,10 @@ def draw_in_parts(
         view: the camera.
         viewmat: [4, 4], which may require a gradient.
         drawer: of its parts.
-        absgrad_statistics: whether densification wants to know of the view.
+        with_statistics: whether densification wants to know of the view.
     """
     anchor = viewmat.new_zeros((), requires_grad=True)  # viewmat seldom requires a gradient
-    seen = _Seen(len(whole), viewmat.device) if absgrad_statistics else None
+    seen = _Seen(len(whole), viewmat.device) if with_statistics else None
     outputs = _InParts.apply(anchor, viewmat, whole, view, drawer, seen)
     rgb, alpha, penalty, depth = (*outputs, None) if len(outputs) == 3 else outputs
     if seen is not None:
@@ -161,5 +158,5 @@ class _InParts(torch.autograd.Function):
             torch.autograd.backward(tensors, derivatives)
             if ctx.seen is not None:
                 ctx.seen.add(part.positions.to(viewmat.device), rendering)
-            ctx.drawer.take_part(part, working)
+            ctx.whole.take(part, working)
         return None, pose.grad, None, None, None, None

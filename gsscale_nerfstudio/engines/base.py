@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import os
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,51 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gsscale_nerfstudio import _C
-from gsscale_nerfstudio.cull import Culler, Slack, View
+from gsscale_nerfstudio.cull import Culler, View
 from gsscale_nerfstudio.engines.colors import Viewpoint
+from gsscale_nerfstudio.engines.leaves import Leaves
 from gsscale_nerfstudio.engines.parts import ViewInParts
-from gsscale_nerfstudio.engines.streams import Stress
-from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet
+from gsscale_nerfstudio.engines.threads import Worker, hand_over_quickly, uninterrupted
+from gsscale_nerfstudio.engines.visible import VisibleRows
+from gsscale_nerfstudio.engines.working_set import WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
-from gsscale_nerfstudio.optim.row_group import RowGroup
-from gsscale_nerfstudio.out_of_memory import is_out_of_memory
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Nothing inside is cut short by Nerfstudio's viewer.
-
-    It renders in a thread of its own, under a trace function that raises at any line of Python once
-    the camera has moved: with half of a step done, for instance.
-    """
-    trace = sys.gettrace()
-    sys.settrace(None)
-    try:
-        yield
-    finally:
-        sys.settrace(trace)
-
-
-def hand_over_quickly() -> None:
-    """Let Python's threads change places within a fraction of a step.
-
-    The worker needs Python's lock some dozen times for a view. The main thread gives it back at
-    each call into torch, but takes it again before the worker has woken up, and Python makes it
-    wait only after 5 ms: several steps' worth. Measured on 20 M rows, the worker took 15 ms for a
-    view's admission, whose work is 3 ms, and the GPU waited for it.
-    """
-    sys.setswitchinterval(min(sys.getswitchinterval(), 1e-4))
-
-
-@dataclass(frozen=True)
-class _Culled:
-    """The rows of a view: ids [n] int32, ascending."""
-
-    view: View
-    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,30 +56,19 @@ class Engine(ABC):
     def __init__(self, store: HostStore, device: torch.device) -> None:
         self.store = store
         self.device = device
-        self.culler = Culler(store.spheres, store.blocks)
-        self.optimizers: dict[str, DeferredAdam] = {}
         self.history = AdamHistory(
             store.layout, dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 1.0)
         )
         self.current: WorkingSet | ViewInParts | None = None
         self.counters: defaultdict[str, float] = defaultdict(float)
         """Sums since the start: views, rows, seconds; see the engines."""
+        self._leaves = Leaves(store.layout, self, device)
+        self._visible = VisibleRows(store)
+        self._worker = Worker()
+        self._announced: deque[_Announced] = deque()
         self._stepped: dict[str, float] = {}
         self._settled = True
-        self._bounds_step = 0  # spheres know of the steps up to this one
-        # Its kernels leave some cores to the main thread, backward's and the driver's: one that had
-        # to share its core would hold up all the others at the end of each loop.
-        threads = 3 * len(os.sched_getaffinity(0)) // 4
-        self._worker = ThreadPoolExecutor(1, "gsscale-engine", _C.set_threads, (threads,))
-        self._announced: deque[_Announced] = deque()
-        self._ids = torch.empty(0, dtype=torch.int32)
-        # By the number of steps that are done when they begin: the view under way and later ones.
-        self._culled: dict[int, _Culled] = {}
         self._under_way = False  # a view was begun whose rows are not stepped
-        # The present leaves, and the lists handed out by parameters(): Nerfstudio clips the
-        # gradients of what these lists hold.
-        self.leaves = {name: self._placeholder(name) for name in GROUPS}
-        self._published = {name: [leaf] for name, leaf in self.leaves.items()}
         self.rows_changed()
 
     @contextmanager
@@ -129,21 +80,30 @@ class Engine(ABC):
 
     # -- optimizers ------------------------------------------------------------------------------
 
-    def _placeholder(self, name: str) -> Parameter:
-        """An empty leaf: what the optimizers hold while no view is being trained."""
-        leaf = Parameter(torch.empty(0, *self.store.layout.shapes[name], device=self.device))
-        leaf.row_group = RowGroup(name, self)  # type: ignore[attr-defined]
-        return leaf
-
     def parameters(self) -> dict[str, list[Parameter]]:
         """The parameter list of each group; its element changes with the working set."""
-        return dict(self._published)
+        return dict(self._leaves.lists)
+
+    @property
+    def leaves(self) -> dict[str, Parameter]:
+        """The parameter of each group, in a dictionary that is kept up to date."""
+        return self._leaves.present
+
+    @property
+    def optimizers(self) -> dict[str, DeferredAdam]:
+        """Those attached so far, by group."""
+        return self._leaves.optimizers
+
+    @property
+    def culler(self) -> Culler:
+        """Of the store's rows."""
+        return self._visible.culler
 
     def move_to(self, device: torch.device) -> None:
         """Rasterize on ``device`` from now on; called when the model moves."""
         self._forget_announced()
         self.device = device
-        self._publish({name: self._placeholder(name) for name in GROUPS})
+        self._leaves.clear(device)
 
     def attach(self, name: str, optimizer: DeferredAdam) -> None:
         """Register a group's optimizer; with the last one the Adam history begins.
@@ -176,12 +136,6 @@ class Engine(ABC):
     def _start_training(self) -> None:  # noqa: B027
         """Set up what only training needs; the history is new."""
 
-    def _publish(self, leaves: dict[str, Parameter]) -> None:
-        for name, leaf in leaves.items():
-            self.leaves[name] = self._published[name][0] = leaf
-            if name in self.optimizers:
-                self.optimizers[name].publish(leaf)
-
     @property
     def step_count(self) -> int:
         """Optimizer steps done so far: t."""
@@ -204,10 +158,10 @@ class Engine(ABC):
         # All or nothing: what needs memory on the device comes before the first row is changed.
         self._step_rows(self.current, lrs)
         self._under_way = False
-        self._set_gradients_of_placeholders(present=False)  # no zeros in --log-gradients
+        self._leaves.stepped(self.current)
         self._settled = False
         outgrown = self.history.advance(lrs)
-        self._culled.pop(self.step_count - 1, None)
+        self._visible.forget(self.step_count - 1)
         self._step_recorded()
         if outgrown:
             self.refresh_bounds()
@@ -271,16 +225,13 @@ class Engine(ABC):
             self._finish_step()
             prepared = self._prepare(view, self.step_count, ahead=False)
         self.current = self._bring(prepared, viewpoint or self._viewpoint(view))
-        if isinstance(self.current, WorkingSet):
-            leaves = self.current.leaves
-            self._publish({n: p for n, p in leaves.items() if isinstance(p, Parameter)})
-        self._set_gradients_of_placeholders(present=True)
+        self._leaves.show(self.current)
         return self.current
 
     def _let_go(self) -> None:
         """Nobody holds the tensors of the last view any more."""
         self.current = None
-        self._publish({name: self._placeholder(name) for name in GROUPS})
+        self._leaves.clear(self.device)
 
     def abandon(self) -> None:
         """Go back to where it was before :meth:`begin`, which may itself have failed half-way.
@@ -309,16 +260,6 @@ class Engine(ABC):
             False if there is nothing left to give up.
         """
 
-    def _set_gradients_of_placeholders(self, present: bool) -> None:
-        """Nerfstudio steps a group's optimizer if its parameter has a gradient, empty or not.
-
-        The SH groups' parameters stay empty, see :class:`.Colors`, and all do of a view in parts.
-        """
-        with_leaf = LEAVES if isinstance(self.current, WorkingSet) else ()
-        for name in set(GROUPS) - set(with_leaf):
-            leaf = self.leaves[name]
-            leaf.grad = torch.empty_like(leaf) if present else None
-
     def _viewpoint(self, view: View) -> Viewpoint:
         return Viewpoint.of(view, self.store.layout, self.device)
 
@@ -346,16 +287,12 @@ class Engine(ABC):
         return 1
 
     def _prepare_ahead(self, views: Sequence[View], step: int) -> Any:
-        Stress.delay()
         return self._prepare(views[0], step, ahead=True)
 
     def _wait_for_worker(self) -> None:
         """Make sure that the worker is at rest; what it has prepared stays."""
-        for announced in self._announced:
-            error = announced.prepared.exception()
-            # That there was no memory for a view is for those to know who begin it.
-            if error is not None and not is_out_of_memory(error):
-                raise error
+        with self._timed("host_wait_s"):
+            self._worker.wait()
 
     def row_centres(self, most: int) -> np.ndarray:
         """Means of at most ``most`` rows, evenly spaced in the store, settled or not.
@@ -381,7 +318,7 @@ class Engine(ABC):
     def _forget_announced(self) -> None:
         """Wait for the worker and drop what it has prepared, because rows are about to change."""
         self._drop_announced()
-        self._culled.clear()
+        self._visible.forget()
 
     def fetch(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet:
         """Bring the settled rows that ``view`` may see to the device, to render them only.
@@ -416,28 +353,19 @@ class Engine(ABC):
         However often it is prepared, they are the same: a row that is brought in and has no
         gradient ends a rounding away from one that is not.
         """
-        culled = self._culled.get(step)
-        if culled is None or not culled.view.same_as(view):
+        ids = self._visible.recall(view, step)
+        if ids is None:
             self._before_culling(ahead)
             with self._timed("cull_s"):
-                culled = self._culled[step] = _Culled(view, self._cull(view, step))
-        return culled.ids
+                ids = self._visible.remember(view, step, self._cull(view, step))
+        return ids
 
     def _before_culling(self, ahead: bool) -> None:  # noqa: B027
         """Let the culler know what is new."""
 
     def _cull(self, view: View, step: int, keep: bool = True) -> Tensor:
-        """Ids of the rows that ``view`` may see when ``step`` optimizer steps have been done.
-
-        Without ``keep`` they are valid until the next call.
-        """
-        if len(self._ids) < len(self.store):
-            # Fresh memory for each view, with room for all rows, would cost more than the culling.
-            self._ids = torch.empty(len(self.store) + len(self.store) // 4, dtype=torch.int32)
-        behind = self.history.stride(step - self._bounds_step)
-        slack = Slack(math.exp(behind["scales"]), math.sqrt(3) * behind["means"])
-        ids = self.culler.cull(view, len(self.store), self._ids, slack)
-        return ids.clone() if keep else ids
+        """See :meth:`.VisibleRows.cull`."""
+        return self._visible.cull(view, step, self.history, keep)
 
     @abstractmethod
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
@@ -478,7 +406,7 @@ class Engine(ABC):
         self.settle()
         self._forget_announced()
         self._refresh_spheres()
-        self._bounds_step = self.step_count
+        self._visible.known_step = self.step_count
 
     @abstractmethod
     def _refresh_spheres(self) -> None:

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.kernels import (
     GATHER,
@@ -75,6 +76,8 @@ class RowCache:
             torch.empty(slots, width, device=device) for _ in range(3)
         )
         self.table = _C.SlotTable(slots, len(store))
+        self.expected: dict[int, View] = {}
+        """Views that :meth:`expect` was told of, by number; the caller's notes."""
         self._free_slots = slots
         self._link = SideStream(device)
         self._make_lists(slots)
@@ -173,6 +176,7 @@ class RowCache:
         """Drop all rows, without writing them back: the host's are the valid ones now."""
         wait(self._link.mark())
         self.table.clear(len(self.store))
+        self.expected.clear()
         self._free_slots = len(self)
 
     def residents(self) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.base import uninterrupted
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.editing import EditableEngine, summary_bytes
@@ -30,14 +28,12 @@ from gsscale_nerfstudio.engines.packing import pack, unpack
 from gsscale_nerfstudio.engines.parts import Part, ViewInParts, parts_of, windows_of
 from gsscale_nerfstudio.engines.sizing import ViewSizing
 from gsscale_nerfstudio.engines.staging import Staging, Upload
-from gsscale_nerfstudio.engines.streams import Mark, Stress, mark_current, wait, wait_in_stream
+from gsscale_nerfstudio.engines.streams import Mark, mark_current, wait, wait_in_stream
+from gsscale_nerfstudio.engines.threads import uninterrupted
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
 from gsscale_nerfstudio.store.memory import with_spare
-
-_FEWEST = 1024
-"""Rows: where so few do not fit, it is not for their number."""
 
 _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
@@ -86,12 +82,8 @@ class HostEngine(EditableEngine):
         self, store: HostStore, device: torch.device, budget: Budget | None = None
     ) -> None:
         self.budget = budget or Budget()
-        self.most_rows = 2**31 - 1
-        """Of a view that is on the device at a time, at most."""
-        self._brought = 0  # rows, the last time
         self._sizing = ViewSizing(self.budget, device, store.layout)
         self._pending: _PendingStep | None = None
-        self._rest: Future[None] | None = None
         self._outlook: Outlook | None = None
         self._last_lrs: np.ndarray | None = None
         self._set_up_staging(store, device)
@@ -139,7 +131,7 @@ class HostEngine(EditableEngine):
 
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
         ids = self._rows_of(view, step, ahead)
-        if not ahead or self._outlook is None or not self.fits(len(ids), view):
+        if not ahead or self._outlook is None or not self._sizing.fits(len(ids), view):
             return PreparedView(view, ids)
         return PreparedView(view, ids, self._send_cold(ids, self._outlook))
 
@@ -154,22 +146,14 @@ class HostEngine(EditableEngine):
 
     def _step_rest(self, pending: _PendingStep, pick: Tensor) -> None:
         """Step what is left of the rows of a step, in the worker."""
-        Stress.delay()
         self._step_picked(pending, pick)
         self._rows_stepped(pending)
-
-    def _wait_for_worker(self) -> None:
-        with self._timed("host_wait_s"):
-            if self._rest is not None:
-                self._rest.result()
-                self._rest = None
-            super()._wait_for_worker()
 
     # -- before the step -------------------------------------------------------------------------
 
     def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet | ViewInParts:
         self._wait_for_worker()  # the other rows of the step before last
-        if not self.fits(len(prepared.ids), prepared.view):
+        if not self._sizing.fits(len(prepared.ids), prepared.view):
             self._finish_step()
             return self._in_parts(prepared.view, prepared.ids)
         cold, row_bytes = prepared.cold, 4 * self.store.layout.width
@@ -178,7 +162,7 @@ class HostEngine(EditableEngine):
             self._count(len(prepared.ids), len(prepared.ids), len(prepared.ids) * row_bytes)
             self._finish_step()
             return self._send(prepared.ids, viewpoint, training=True)
-        self._brought = len(prepared.ids)
+        self._sizing.brought = len(prepared.ids)
         self._count(len(prepared.ids), len(cold.rows), len(prepared.ids) * row_bytes)
         layout = self.store.layout
         attributes = empty_attributes(layout, len(prepared.ids), viewpoint, training=True)
@@ -214,7 +198,7 @@ class HostEngine(EditableEngine):
                 hot = split.hot[part]
                 unpack(rows[part], self.store.layout, attributes, viewpoint, hot)
             # From here on the store and the culler are the worker's.
-            self._rest = self._worker.submit(self._step_rest, pending, split.only_before)
+            self._worker.submit(self._step_rest, pending, split.only_before)
         self._outgoing.used_until(mark_current(self.device))
 
     def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
@@ -222,7 +206,7 @@ class HostEngine(EditableEngine):
 
     def _send(self, ids: Tensor, viewpoint: Viewpoint, training: bool) -> WorkingSet:
         """The working set of any rows, without anything done ahead; no step is pending."""
-        self._brought = len(ids)
+        self._sizing.brought = len(ids)
         rows = self._outgoing.rows(len(ids))
         self._gather(ids, rows, None, self.history.tables)
         layout = self.store.layout
@@ -236,32 +220,29 @@ class HostEngine(EditableEngine):
     ) -> None:
         """Settled rows ``ids``, or those at positions ``pick``; the store stays as it is."""
         positions = None if pick is None else pick.numpy()
-        _C.gather_settled(self.store.kernel_rows, tables, ids.numpy(), rows.numpy(), pick=positions)
+        with self._timed("gather_s"):
+            _C.gather_settled(
+                self.store.kernel_rows, tables, ids.numpy(), rows.numpy(), pick=positions
+            )
 
     # -- views that do not fit ---------------------------------------------------------------------
-
-    def fits(self, rows: int, view: View) -> bool:
-        """Whether a view of so many rows can be on the device at a time."""
-        width, height = view.whole_window.size
-        return rows <= min(self.most_rows, self._sizing.most_rows(width * height, rows))
 
     def windows(self, view: View) -> list[View]:
         """The view through windows that :meth:`fetch` can bring, in order: itself if it fits."""
         with uninterrupted():
+            if self._sizing.fits(len(self.store), view):
+                return [view]
             self._wait_for_worker()
             self._finish_step()
             return [window for window, _ in self._windows(view)]
 
     def _windows(self, view: View) -> list[tuple[View, Tensor]]:
-        return windows_of(
-            view, lambda part: self._cull(part, self.step_count), lambda n, part: self.fits(n, part)
-        )
+        return windows_of(view, lambda part: self._cull(part, self.step_count), self._sizing.fits)
 
     def _in_parts(self, view: View, ids: Tensor) -> ViewInParts:
         self._count(len(ids), len(ids), 4 * len(ids) * self.store.layout.width)
-        gradients = self._gradients[0].rows(len(ids))
-        gradients.zero_()
-        return ViewInParts(ids, parts_of(ids, self._windows(view)), gradients)
+        parts = parts_of(ids, self._windows(view))
+        return ViewInParts(ids, parts, self.store.layout, self._gradients[0])
 
     def bring_part(
         self, whole: ViewInParts, part: Part, viewpoint: Viewpoint, training: bool
@@ -269,51 +250,22 @@ class HostEngine(EditableEngine):
         """The rows of one part, to be differentiated if ``training``."""
         return self._send(whole.ids[part.positions.long()], viewpoint, training)
 
-    def take_part(self, whole: ViewInParts, part: Part, working: WorkingSet) -> None:
-        """Add the gradients of a part's working set to those of the view."""
-        positions = part.positions.to(self.device)
-        pack(working, self.store.layout, whole.gradients, add_at=positions)
-        # The device reads and writes page-locked memory, and the next part adds to the same rows.
-        self._gradients[0].used_until(mark_current(self.device))
-
-    def _finish_parts(self, whole: ViewInParts) -> None:
-        """Complete the gradient rows with the statistics, which are sums over parts, too."""
-        wait(mark_current(self.device))
-        columns = self.store.layout.bookkeeping
-        statistics = whole.statistics() if whole.statistics is not None else ()
-        for name, values in zip(("grad2d", "count", "max_radius"), statistics, strict=False):
-            whole.gradients[:, columns[name]] = values.cpu()
-
     def make_room(self, said: str, tries: int) -> bool:
-        if tries > 0:
-            return self._make_parts_smaller(said)
-        with uninterrupted():
-            self._drop_announced()
-            self._cold.let_go()
-            self._give_back()
-        self._tell(said, "what torch kept for later was given back")
-        return True
-
-    def _make_parts_smaller(self, said: str) -> bool:
-        """Let at most half as many rows be on the device at a time as there were this time."""
-        # More than asked for: parts that are as small as they can be.
-        if self._brought < _FEWEST or self._brought > self.most_rows:
+        smaller = tries > 0
+        if smaller and not self._sizing.halve():
             return False
-        self.most_rows = self._brought // 2
         with uninterrupted():
             self._drop_announced()
-            self._give_back()
-        self._tell(
-            said,
-            f"from here on views of more than {self.most_rows:,} Gaussians are drawn in parts",
-        )
+            if not smaller:
+                self._cold.let_go()
+            self._sizing.give_back()
+        if smaller:
+            most = self._sizing.most
+            done = f"from here on views of more than {most:,} Gaussians are drawn in parts"
+        else:
+            done = "what torch kept for later was given back"
+        self._tell(said, done)
         return True
-
-    def _give_back(self) -> None:
-        """Let the device have the memory that torch keeps for later."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
 
     def _tell(self, said: str, done: str) -> None:
         CONSOLE.print(
@@ -333,8 +285,7 @@ class HostEngine(EditableEngine):
         layout = self.store.layout
         staging = self._gradients[0]
         if isinstance(working, ViewInParts):
-            self._finish_parts(working)
-            grads = working.gradients
+            grads = working.gradients(self.device)
         else:
             grads = staging.rows(len(working))
             pack(working, layout, grads)  # from here on nothing needs memory on the device
@@ -377,7 +328,7 @@ class HostEngine(EditableEngine):
     def _rows_stepped(self, pending: _PendingStep) -> None:
         """Let the culler know of a step, all rows of which have been stepped."""
         self.culler.refresh(len(self.store), pending.ids)
-        self._bounds_step = pending.step
+        self._visible.known_step = pending.step
 
     def restart(self, step: int) -> None:
         self._wait_for_worker()

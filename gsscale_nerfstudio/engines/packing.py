@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio.engines.colors import Viewpoint, coefficient_gradients, evaluate
 from gsscale_nerfstudio.engines.working_set import LEAVES, WorkingSet, leaf_gradients
-from gsscale_nerfstudio.store import RowLayout
+from gsscale_nerfstudio.store.layout import STATISTICS, RowLayout
 
 
 def kernels_run_on(device: torch.device) -> bool:
@@ -92,7 +92,7 @@ def pack(
         first = layout.columns["features_dc"].start
         of_coefficients = coefficient_gradients(means, layout, viewpoint, of_colors)
         packed[:, first : layout.optimized] = of_coefficients
-        for name, values in zip(("grad2d", "count", "max_radius"), statistics or (), strict=False):
+        for name, values in zip(STATISTICS, statistics or (), strict=False):
             packed[:, columns[name]] = values
         if add_at is None:
             rows.copy_(packed)

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.working_set import ScreenStatistics
+from gsscale_nerfstudio.engines.packing import pack
+from gsscale_nerfstudio.engines.staging import Staging
+from gsscale_nerfstudio.engines.streams import mark_current, wait
+from gsscale_nerfstudio.engines.working_set import ScreenStatistics, WorkingSet
+from gsscale_nerfstudio.store.layout import STATISTICS, RowLayout
 
 _MULTIPLE = 16
 """Pixels: windows begin at borders of the rasterizer's tiles, so that none is drawn twice."""
@@ -31,24 +35,43 @@ class Part:
     first: Tensor
 
 
-@dataclass(eq=False)
 class ViewInParts:
     """The rows of a view that is trained part by part; the counterpart of a working set.
 
-    Attributes:
+    Args:
         ids: [n] int32 on the CPU, ascending: the rows' places in the store.
         parts: together, all of the image.
-        gradients: [n, width] float32 in page-locked memory: sums over the parts' gradients.
+        layout: of the rows.
+        staging: page-locked memory for their gradients, see :meth:`gradients`.
+
+    Attributes:
         statistics: as those of a working set.
     """
 
-    ids: Tensor
-    parts: list[Part]
-    gradients: Tensor
-    statistics: Callable[[], ScreenStatistics] | None = None
+    def __init__(self, ids: Tensor, parts: list[Part], layout: RowLayout, staging: Staging) -> None:
+        self.ids, self.parts = ids, parts
+        self.statistics: Callable[[], ScreenStatistics] | None = None
+        self._layout, self._staging = layout, staging
+        self._sums = staging.rows(len(ids)).zero_()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, part: Part, working: WorkingSet) -> None:
+        """Add the gradients of a part's working set, after its backward pass."""
+        device = working.colors.values.device
+        pack(working, self._layout, self._sums, add_at=part.positions.to(device))
+        # The device reads and writes page-locked memory, and the next part adds to the same rows.
+        self._staging.used_until(mark_current(device))
+
+    def gradients(self, device: torch.device) -> Tensor:
+        """[n, width] float32: sums over all parts' gradients, with the statistics of the view."""
+        wait(mark_current(device))
+        columns = self._layout.bookkeeping
+        statistics = self.statistics() if self.statistics is not None else ()
+        for name, values in zip(STATISTICS, statistics, strict=False):
+            self._sums[:, columns[name]] = values.cpu()
+        return self._sums
 
 
 def windows_of(

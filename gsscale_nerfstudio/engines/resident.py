@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +13,21 @@ from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.base import uninterrupted
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.editing import summary_bytes
+from gsscale_nerfstudio.engines.fitted_cache import FittedCache
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.lookahead import Outlook, PreparedView
 from gsscale_nerfstudio.engines.packing import kernels_run_on
 from gsscale_nerfstudio.engines.parts import ViewInParts
 from gsscale_nerfstudio.engines.returns import SphereReturns
 from gsscale_nerfstudio.engines.sizing import CacheSizing
-from gsscale_nerfstudio.engines.streams import (
-    Mark,
-    Stress,
-    mark_current,
-    wait_in_stream,
-)
+from gsscale_nerfstudio.engines.streams import Mark, mark_current, wait_in_stream
+from gsscale_nerfstudio.engines.threads import uninterrupted
 from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
-from gsscale_nerfstudio.out_of_memory import is_out_of_memory
 from gsscale_nerfstudio.store import HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
 from gsscale_nerfstudio.store.memory import with_spare
@@ -46,7 +40,7 @@ it is 45 %, with 16 it is 44 %."""
 _RARELY = 100
 """Steps within which memory may run out once before the cache is made smaller."""
 
-if TYPE_CHECKING:  # its kernels need Triton, which a machine without a GPU can do without
+if TYPE_CHECKING:  # see FittedCache
     from gsscale_nerfstudio.engines.cache import Admission, RowCache
 
 
@@ -78,17 +72,13 @@ class ResidentEngine(HostEngine):
         self, store: HostStore, device: torch.device, budget: Budget, auto: bool = False
     ) -> None:
         self.auto = auto
-        self._caching = False
-        self._cache: RowCache | None = None  # there is none unless it is caching
+        self._fitted: FittedCache | None = None  # it is the host engine
         self._blocked = False  # an announced view was not admitted
-        self._depth = 1  # views that are admitted ahead
-        self._culling: Future[None] | None = None
         super().__init__(store, device, budget)
 
     def _start_training(self) -> None:
         on_gpu = self.device.type == "cuda"
-        self._caching = on_gpu or (kernels_run_on(self.device) and not self.auto)
-        if not self._caching:
+        if not (on_gpu or (kernels_run_on(self.device) and not self.auto)):
             if not self.auto:
                 raise GSScaleError(
                     "the resident engine keeps Gaussians in GPU memory and there is no GPU; use "
@@ -98,15 +88,18 @@ class ResidentEngine(HostEngine):
         self._sizing: CacheSizing = CacheSizing(
             self.budget, self.device, self.store.layout, self.auto
         )
+        self._fitted = FittedCache(self.store, self.device, self._sizing)
         self._returns = SphereReturns(self.store.capacity, self.device)
         self._tables = DeviceTables(self.history, self.device)
         self._prepared_views = 0
         self._current: _Prepared | None = None
         self._rows_done: Mark = None
-        self._expected: dict[int, View] = {}  # by number: views that the cache was told of
-        self._warned = self._told = False
-        self._unfit = False  # rows were added or removed since the cache was fitted
+        self._warned = False
         self._ran_out_at = -_RARELY  # the step before which memory ran out, the last time
+
+    @property
+    def _cache(self) -> RowCache | None:
+        return None if self._fitted is None else self._fitted.cache
 
     @classmethod
     def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
@@ -116,15 +109,14 @@ class ResidentEngine(HostEngine):
     # -- before the step -------------------------------------------------------------------------
 
     def _look_ahead(self) -> Outlook | None:
-        return None if self._caching else super()._look_ahead()
+        return super()._look_ahead() if self._fitted is None else None
 
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
-        if not self._caching:
+        if self._fitted is None:
             return super()._prepare(view, step, ahead)
-        if self._unfit and not ahead:
-            self._fit_cache()
-            partial = self._cache is not None and len(self._cache) < len(self.store)
-            if self._sizing.host_is_faster(self.counters) and partial:
+        if self._fitted.outdated and not ahead:
+            self._fitted.fit(self._rows_done)
+            if self._sizing.host_is_faster(self.counters) and self._fitted.partial:
                 self._stop_caching("the link is too slow for the Gaussians that have to cross it")
                 return super()._prepare(view, step, ahead)
         ids = self._rows_of(view, step, ahead)
@@ -150,27 +142,21 @@ class ResidentEngine(HostEngine):
         return prepared
 
     def _before_culling(self, ahead: bool) -> None:
-        if self._caching:
+        if self._fitted is not None:
             with self._timed("spheres_s"):
                 self._take_spheres(wait_for_all=not ahead)
 
     def announce(self, views: Sequence[View]) -> None:
         known = len(self._announced)
         super().announce(views)
-        if self._caching and self._depth == 1 and len(self._announced) > known and len(views) > 1:
+        caching = self._fitted is not None and self._fitted.views_ahead == 1
+        if caching and len(self._announced) > known and len(views) > 1:
             # So that the next view can be admitted as soon as this one has begun.
             step = self.step_count + 2
-            self._culling = self._worker.submit(self._cull_ahead, views[1], step)
+            self._worker.submit(self._cull_ahead, views[1], step)
 
     def _cull_ahead(self, view: View, step: int) -> None:
-        Stress.delay()
         self._rows_of(view, step, ahead=True)
-
-    def _wait_for_worker(self) -> None:
-        if self._culling is not None:
-            self._culling.result()
-            self._culling = None
-        super()._wait_for_worker()
 
     def _drop_announced(self) -> None:
         super()._drop_announced()
@@ -178,7 +164,7 @@ class ResidentEngine(HostEngine):
 
     @property
     def prepared_ahead(self) -> int:
-        return self._depth if self._caching else super().prepared_ahead
+        return super().prepared_ahead if self._fitted is None else self._fitted.views_ahead
 
     @property
     def look_ahead(self) -> int:
@@ -196,16 +182,16 @@ class ResidentEngine(HostEngine):
         if len(cache) >= len(self.store):
             return  # no row ever has to leave
         for later, view in enumerate(views, number + 1):
-            if self._expected.get(later) is not view:
-                self._expected[later] = view
+            if cache.expected.get(later) is not view:
+                cache.expected[later] = view
                 cache.expect(self._cull(view, step, keep=False), later)
-        self._expected.pop(number, None)
+        cache.expected.pop(number, None)
 
     def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet | ViewInParts:
-        if not self._caching:
+        if self._fitted is None:
             return super()._bring(prepared, viewpoint)
         if prepared.admission is None:
-            prepared = self._make_room(prepared)
+            prepared = self._admit_late(prepared, self._fitted)
             if prepared.admission is None:
                 self._stop_caching(
                     f"the GPU memory budget cannot hold a view of {len(prepared.ids):,} Gaussians "
@@ -222,17 +208,17 @@ class ResidentEngine(HostEngine):
         attributes = self._cache.gather(admission.slots, self._tables, viewpoint, training=True)
         return working_set(prepared.ids, attributes, self.store.layout, viewpoint, training=True)
 
-    def fits(self, rows: int, view: View) -> bool:
+    def windows(self, view: View) -> list[View]:
         # Where there is a cache there is room for a view.
-        return self._caching or super().fits(rows, view)
+        return super().windows(view) if self._fitted is None else [view]
 
-    def _make_room(self, prepared: _Prepared) -> _Prepared:
+    def _admit_late(self, prepared: _Prepared, fitted: FittedCache) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""
         self._drop_announced()  # none of the views after this one was admitted
         n = len(prepared.ids)
-        if self._cache is not None and n <= self._sizing.view_rows:
-            if self._depth > 1:
-                self._depth -= 1
+        if fitted.cache is not None and n <= self._sizing.view_rows:
+            if fitted.views_ahead > 1:
+                fitted.views_ahead -= 1
             else:
                 self._warn_once(
                     "two consecutive views do not fit into the GPU memory budget together; rows "
@@ -241,82 +227,12 @@ class ResidentEngine(HostEngine):
                 )
         else:
             self._sizing.leave_room_for(n)  # which may cost a new cache
-            self._fit_cache()
-        if self._cache is None:
+            fitted.fit(self._rows_done)
+        if fitted.cache is None:
             return prepared
         number = prepared.number  # the cache has not seen it: nothing was admitted
-        admission = self._cache.admit(prepared.ids, number, number, self._rows_done)
+        admission = fitted.cache.admit(prepared.ids, number, number, self._rows_done)
         return replace(prepared, admission=admission)
-
-    def _fit_cache(self) -> None:
-        """Make the cache as large as it may be and has to be, if there is room for a view."""
-        have = len(self._cache) if self._cache is not None else 0
-        rows = len(self.store)
-        self._unfit = False
-        if self._cache is not None:
-            self._sizing.observe(have)
-        limit = self._sizing.limit(have)
-        wanted = min(limit, rows + rows // 8)
-        scarce = limit < 2 * wanted
-        if scarce:
-            wanted = limit  # at once: there will be no room for a copy that is larger
-        # A little over is let be, and a little under: a new cache costs more.
-        if self._cache is not None and have <= 1.03 * limit:
-            if have >= min(rows, (0.85 if scarce else 0.97) * wanted):
-                return
-            if not scarce:
-                self._synchronize()  # rows may be on their way into the arrays that are replaced
-                try:
-                    self._cache.grow(wanted)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    self._sizing.too_many(wanted, enough=have)
-                self._synchronize()
-                self._depth = self._sizing.views_ahead(len(self._cache), rows)
-                return
-        self._replace_cache(wanted)
-        if self._cache is not None and not self._told:
-            self._told = True
-            CONSOLE.print(
-                f"gsscale: engine resident{self._sizing.why()}. The GPU has room for {limit:,} "
-                "Gaussians with their Adam state; beyond that the least needed ones wait in host "
-                "memory."
-            )
-
-    def _replace_cache(self, slots: int) -> None:
-        """Have an empty cache of so many rows, or fewer; none if that is too few for a view."""
-        from gsscale_nerfstudio.engines.cache import RowCache
-
-        if self._cache is not None:
-            self._cache.write_back(self._rows_done)
-            self._drop_cache()
-        while self._cache is None and slots >= self._sizing.largest:
-            try:
-                self._cache = RowCache(self.store, self.device, slots)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                slots = self._sizing.too_many(slots)
-        self._depth = self._sizing.views_ahead(slots, len(self.store))
-        # Its memory may have been another stream's, which has to be done with it.
-        self._synchronize()
-
-    def _release_memory(self) -> None:
-        """Let go of what another cache took, or it would count as in use."""
-        self._synchronize()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._sizing.memory_given_back()
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _drop_cache(self) -> None:
-        self._cache = None
-        self._expected.clear()
-        self._release_memory()
 
     def _warn_once(self, message: str) -> None:
         if not self._warned:
@@ -325,11 +241,10 @@ class ResidentEngine(HostEngine):
 
     def _stop_caching(self, reason: str) -> None:
         """Go on as the host engine."""
+        assert self._fitted is not None
         self._take_spheres(wait_for_all=True)
-        if self._cache is not None:
-            self._cache.write_back(self._rows_done)
-            self._drop_cache()
-        self._caching = False
+        self._fitted.remove(self._rows_done)
+        self._fitted = None
         CONSOLE.print(
             f"[bold yellow]gsscale:[/bold yellow] {reason}; from here on Adam runs on the CPU "
             "(engine host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
@@ -342,7 +257,7 @@ class ResidentEngine(HostEngine):
         self._current = None
 
     def make_room(self, said: str, tries: int) -> bool:
-        if not self._caching:
+        if self._fitted is None:
             return super().make_room(said, tries)
         # Chance may break up the memory once; what happens all the time has another reason.
         chance = tries == 0 and self.step_count >= self._ran_out_at + _RARELY
@@ -353,7 +268,8 @@ class ResidentEngine(HostEngine):
         with uninterrupted():
             self._drop_announced()
             had = len(self._cache)
-            self._replace_cache(min(self._sizing.too_many(had), self._sizing.limit(had)))
+            slots = min(self._sizing.too_many(had), self._sizing.limit(had))
+            self._fitted.replace(slots, self._rows_done)
             if self._cache is None:
                 self._stop_caching(
                     f"GPU memory ran out after step {self.step_count} ({escape(said)}) beside a "
@@ -370,7 +286,7 @@ class ResidentEngine(HostEngine):
     # -- rendering and stepping ------------------------------------------------------------------
 
     def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
-        if not self._caching:
+        if self._fitted is None:
             return super()._fetch(view, viewpoint)
         self._take_spheres(wait_for_all=True)
         ids = self._cull(view, self.step_count)
@@ -391,7 +307,7 @@ class ResidentEngine(HostEngine):
 
     @torch.no_grad()
     def _step_rows(self, working: WorkingSet | ViewInParts, lrs: np.ndarray) -> None:
-        if not self._caching or isinstance(working, ViewInParts):
+        if self._fitted is None or isinstance(working, ViewInParts):
             return super()._step_rows(working, lrs)
         assert self._cache is not None and self._current is not None
         assert self._current.admission is not None
@@ -402,14 +318,14 @@ class ResidentEngine(HostEngine):
         self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done)
 
     def _step_recorded(self) -> None:
-        if self._caching:
+        if self._fitted is not None:
             self._tables.record()
 
     def _take_spheres(self, wait_for_all: bool) -> None:
         """Let the culler know of the steps whose spheres have arrived."""
         step = self._returns.take(self.culler, len(self.store), wait_for_all)
         if step is not None:
-            self._bounds_step = step
+            self._visible.known_step = step
 
     # -- the host store --------------------------------------------------------------------------
 
@@ -420,36 +336,31 @@ class ResidentEngine(HostEngine):
         super()._settle()
 
     def _refresh_spheres(self) -> None:
-        if self._caching:
+        if self._fitted is not None:
             self._tables.rebound()
         super()._refresh_spheres()
 
     def restart(self, step: int) -> None:
-        if self._caching:
+        if self._fitted is not None:
             self._returns.drop()
         super().restart(step)
-        if self._caching:
+        if self._fitted is not None:
             self._tables.restart()
 
     def rows_changed(self) -> None:
         super().rows_changed()
-        if self._cache is not None:
-            self._synchronize()  # a render may still read the slots
-            self._cache.forget()
-            self._expected.clear()
-            self._fit_later()
-
-    def _fit_later(self) -> None:
-        """Fit the cache before the next view, when the present one's tensors are gone."""
-        self._unfit = True
+        if self._fitted is not None and self._fitted.cache is not None:
+            self._fitted.synchronize()  # a render may still read the slots
+            self._fitted.cache.forget()
+            self._fitted.outdated = True
 
     # -- densification ---------------------------------------------------------------------------
 
     def rest(self) -> None:
         super().rest()
-        if self._caching:
+        if self._fitted is not None:
             self._take_spheres(wait_for_all=True)
-            self._synchronize()
+            self._fitted.synchronize()
 
     def _summarize(self, out: Tensor) -> None:
         super()._summarize(out)
@@ -467,12 +378,13 @@ class ResidentEngine(HostEngine):
             self._cache.write_back(self._rows_done, ids)
 
     def _edited(self, edit: RowEdit, placement: Placement) -> None:
-        if not self._caching:
+        if self._fitted is None:
             return
         self._tables.rebound()
-        if self._cache is not None:
-            self._cache.follow(edit, placement)
-            self._fit_later()
+        if self._fitted.cache is not None:
+            self._fitted.cache.follow(edit, placement)
+            # Not at once, but before the next view, when the present one's tensors are gone.
+            self._fitted.outdated = True
 
     def _sorted(self, order: Tensor) -> None:
         if self._cache is not None:
@@ -480,6 +392,5 @@ class ResidentEngine(HostEngine):
 
     def move_to(self, device: torch.device) -> None:
         self.settle()
-        self._caching = False
-        self._cache = None
+        self._fitted = None
         super().move_to(device)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.rates import Rates
 from gsscale_nerfstudio.store import RowLayout
@@ -19,6 +20,9 @@ gradients (150 bytes), projection, sorting, their gradients."""
 
 LEAST_VIEW_ROW_BYTES = 300
 """Per row of a view: less was never measured."""
+
+_FEWEST = 1024
+"""Rows: where so few do not fit, it is not for their number."""
 
 _ROOMY = 8
 """Views' worth of slots from which two views are admitted ahead."""
@@ -41,25 +45,53 @@ class ViewSizing:
         budget: how much GPU memory may be used.
         device: whose.
         layout: of the rows.
+
+    Attributes:
+        most: whatever the budget says; less than without end once memory has run out.
+        brought: rows of the last view, or part of one, that was brought to the device.
     """
 
     def __init__(self, budget: Budget, device: torch.device, layout: RowLayout) -> None:
         self._budget, self._device, self._layout = budget, device, layout
         self._per_row = float(_VIEW_ROW_BYTES)  # device memory that a row of a view needs
-        self._most = 0
+        self._within_budget = 0
+        self.most = 2**31 - 1
+        self.brought = 0
 
-    def most_rows(self, pixels: int, rows: int) -> int:
-        """Most rows of a view of so many pixels, with the host engine.
+    def fits(self, rows: int, view: View) -> bool:
+        """Whether so many rows of a view can be on the device at a time, with the host engine.
 
-        What is free is asked for again where ``rows`` comes near it. Called between views.
+        Called between views.
         """
-        if self._device.type != "cuda":
-            return 2**31 - 1
-        if 2 * rows > self._most:
+        if rows > self.most:
+            return False
+        # What is free is asked for again where it becomes scarce.
+        if self._device.type == "cuda" and 2 * rows > self._within_budget:
+            width, height = view.whole_window.size
             # Beside what a view needs, its cold rows have a buffer, with a quarter to spare.
             per_row = int(self._per_row + 1.25 * 4 * self._layout.width)
-            self._most = self._budget.cache_rows(self._device, per_row, pixels * _PIXEL_BYTES)
-        return self._most
+            needed = width * height * _PIXEL_BYTES
+            self._within_budget = self._budget.cache_rows(self._device, per_row, needed)
+            return rows <= self._within_budget
+        return True
+
+    def halve(self) -> bool:
+        """Let half as many rows be on the device at a time as were brought last.
+
+        Returns:
+            False if that would not help: so few do not fit for another reason than their number, or
+            they were more than asked for already, in parts that are as small as they can be.
+        """
+        if self.brought < _FEWEST or self.brought > self.most:
+            return False
+        self.most = self.brought // 2
+        return True
+
+    def give_back(self) -> None:
+        """Let the device have the memory that torch keeps for later."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
 
 
 class CacheSizing(ViewSizing):
@@ -143,9 +175,9 @@ class CacheSizing(ViewSizing):
             per_row = (beside - self._taken - pixels * _PIXEL_BYTES) / rows
             self._per_row = max(LEAST_VIEW_ROW_BYTES, per_row)
 
-    def memory_given_back(self) -> None:
-        """Torch has let go of what views needed so far."""
-        self._largest_since = (0, 0)
+    def give_back(self) -> None:
+        super().give_back()
+        self._largest_since = (0, 0)  # torch has let go of what views needed so far
 
     def views_ahead(self, slots: int, rows: int) -> int:
         """How many views to admit ahead, with so many slots for all rows.

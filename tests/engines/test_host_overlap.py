@@ -285,9 +285,9 @@ def test_culling_ahead_drops_no_row(device, settled, without_kernels):
             return
         early = engine._announced[0].prepared.result().ids
         # The worker knew of all steps but the pending one.
-        assert engine._bounds_step == engine.step_count - 1
+        assert engine._visible.known_step == engine.step_count - 1
         engine._finish_step()
-        assert engine._bounds_step == engine.step_count
+        assert engine._visible.known_step == engine.step_count
         if settled:
             engine.settle()
         everything = torch.empty(ROWS, engine.store.layout.width)
@@ -324,7 +324,7 @@ def test_rows_that_are_loaded_are_not_stepped_over(device, begun, without_kernel
         engine.optimizers[name].step()
     if begun:
         engine.begin(turning(10))
-        assert engine._rest is not None and not engine._rest.done()
+        assert not engine._worker._jobs[-1].done()
     adam.load_state_dict(saved)
     moments = engine.store.column("means", engine.store.exp_avg)
     for _ in range(2):

@@ -213,7 +213,7 @@ def test_the_cache_shrinks_and_stays_small(capsys):
     assert "225 Gaussians with their Adam state stay on the GPU, not 300" in told
 
     failing.engine.rest()
-    failing.engine._fit_later()  # as after a refinement
+    failing.engine._fitted.outdated = True  # as after a refinement
     failing.step(12)
     assert len(failing.engine._cache) == LEAST
 
@@ -222,7 +222,7 @@ def test_after_the_smallest_cache_comes_the_host_engine(capsys):
     whole, _ = trained_apart({})
     failing, sizes = trained_apart({2: 4, 8: 1})
     assert sizes == [ROWS] * 2 + [0] * 10
-    assert not failing.engine._caching and failing.tries == [0, 1, 2, 3, 0]
+    assert failing.engine._fitted is None and failing.tries == [0, 1, 2, 3, 0]
     assert "Adam runs on the CPU" in " ".join(capsys.readouterr().out.split())
     ours, theirs = rows_of(failing.engine), rows_of(whole.engine)
     for name in ("params", "exp_avg"):  # C++ rounds in other places than the kernels
@@ -262,7 +262,7 @@ def test_a_cache_that_cannot_be_made_is_made_smaller(monkeypatch):
     monkeypatch.setattr(RowCache, "grow", no_growth)
     engine.budget.rows = engine._sizing._most_slots = 3 * ROWS  # plenty: the cache is to grow
     engine.rest()
-    engine._fit_later()
+    engine._fitted.outdated = True
     training.step(3)
     wanted = ROWS + ROWS // 8
     assert engine._cache is cache and engine._sizing._most_slots == wanted - wanted // 4

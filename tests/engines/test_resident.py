@@ -60,7 +60,7 @@ def test_two_hundred_steps_equal_dense_adam(device, budget, degree):
     errors = largest_errors(engine.store, {n: v for n, v in expected.items()})
     assert max(e for e in errors.values() if e == e) < 1e-5, errors
     assert counters["views"] == steps
-    assert engine._caching  # it did not fall back to the host engine
+    assert engine._fitted is not None  # it did not fall back to the host engine
     missed = counters["rows_missed"]
     assert missed <= ROWS if budget == "all rows" else missed > 0.2 * counters["rows"]
     assert engine.store.bookkeeping("count").sum() == sum(len(view.ids) for view in seen)
@@ -287,7 +287,7 @@ def test_a_view_larger_than_expected_gets_a_new_cache(device):
     engine.settle()
     errors = largest_errors(engine.store, dense(before, seen, 24))
     assert max(errors.values()) < 1e-5, errors
-    assert engine._caching
+    assert engine._fitted is not None
 
 
 def test_a_restart_forgets_the_cache():
@@ -332,7 +332,9 @@ def test_what_a_view_needs_is_measured(monkeypatch):
         more = sizing.view_rows * (700 - per_row) / sizing.row_bytes
         assert sizing.limit(slots) - guessed == pytest.approx(more, abs=2)
     # A smaller view that is seen after memory was given back tells as much.
-    sizing.memory_given_back()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    sizing.give_back()
     sizing.saw(100_000, pixels)
     memory["reserved"] = memory["allocated"] + 100_000 * 700 + 130 * pixels
     sizing.observe(slots)
@@ -363,7 +365,7 @@ def test_a_cache_follows_the_room_that_there_is():
         if step in rooms:
             engine.budget.rows = int(rooms[step])
             engine.rest()
-            engine._fit_later()
+            engine._fitted.outdated = True
 
     seen = drive(engine, 30, after_step=change)
     first, smaller, larger, plenty = caches[5], caches[11], caches[21], caches[26]
@@ -389,10 +391,10 @@ def test_auto_leaves_a_link_that_is_too_slow(link, engine_is, capsys):
         engine._sizing.rates = Rates(link=link, memory=1e9)
         if step == 10:
             engine.rest()
-            engine._fit_later()
+            engine._fitted.outdated = True
 
     seen = drive(engine, 20, after_step=ask)
-    assert engine._caching == (engine_is == "resident")
+    assert (engine._fitted is not None) == (engine_is == "resident")
     assert ("link is too slow" in capsys.readouterr().out) == (engine_is == "host")
     engine.settle()
     errors = largest_errors(engine.store, dense(before, seen, 20))

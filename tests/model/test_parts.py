@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gsscale_nerfstudio.model
 from gsscale_nerfstudio.cull import Window
-from gsscale_nerfstudio.engines import ViewInParts, host
+from gsscale_nerfstudio.engines import ViewInParts, sizing
 from gsscale_nerfstudio.rasterize import rasterize
 from gsscale_nerfstudio.store import GROUPS
 from tests.runs import make_config, seeded, tiny_scene
@@ -40,7 +40,7 @@ def trained(scene: Path, folder: Path, most_rows: int | None, steps: int, **sett
     def limit(trainer: Any) -> None:
         engine = trainer.pipeline.model.engine
         if most_rows is not None:
-            engine.most_rows = most_rows
+            engine._sizing.most = most_rows
         bring = engine._bring
 
         def counted(*args: Any) -> Any:
@@ -112,7 +112,7 @@ def test_poses_get_the_gradient_of_all_parts(scene, tmp_path):
 
         def limit(trainer: Any) -> None:
             if most_rows is not None:
-                trainer.pipeline.model.engine.most_rows = most_rows
+                trainer.pipeline.model.engine._sizing.most = most_rows
 
         return train(config, before=limit).pipeline.model.camera_optimizer.pose_adjustment.detach()
 
@@ -127,7 +127,7 @@ def test_a_render_in_parts_is_the_render(scene, tmp_path):
     camera, _ = next(iter(trainer.pipeline.datamanager.fixed_indices_eval_dataloader))
     with torch.no_grad():
         whole = model.get_outputs(camera)
-        model.engine.most_rows = 40
+        model.engine._sizing.most = 40
         parts = model.get_outputs(camera)
     assert whole["accumulation"].max() > 0.5
     for name in ("rgb", "depth", "accumulation"):
@@ -149,7 +149,7 @@ def test_a_view_for_which_memory_runs_out_is_drawn_in_parts(
         return rasterize(means, *args, **options)
 
     monkeypatch.setattr(gsscale_nerfstudio.model, "rasterize", small)
-    monkeypatch.setattr(host, "_FEWEST", 1)
+    monkeypatch.setattr(sizing, "_FEWEST", 1)
     if most == 2:
         with pytest.raises(SystemExit):
             trained(scene, tmp_path, None, 3)
@@ -158,11 +158,11 @@ def test_a_view_for_which_memory_runs_out_is_drawn_in_parts(
         return
     trainer = trained(scene, tmp_path, None, 3)
     engine = trainer.pipeline.model.engine
-    assert engine.step_count == 3 and engine.most_rows <= most
+    assert engine.step_count == 3 and engine._sizing.most <= most
     assert trainer.parts[0] == 1 and min(trainer.parts[-2:]) > 1
     assert max(drawn) <= most
     said = " ".join(capsys.readouterr().out.split())
-    assert f"views of more than {engine.most_rows} Gaussians are drawn in parts" in said
+    assert f"views of more than {engine._sizing.most} Gaussians are drawn in parts" in said
 
 
 def test_windows_are_halved_at_the_borders_of_tiles():

@@ -130,7 +130,7 @@ def test_a_save_leaves_the_engine_where_loading_starts_it(scene, tmp_path):
         assert torch.equal(getattr(before.store, name)[:n], getattr(after.store, name)[:n]), name
     assert before.store.unsorted_share == after.store.unsorted_share
     assert before.history.stride(1) == after.history.stride(1)
-    assert before._bounds_step == after._bounds_step == STOP
+    assert before._visible.known_step == after._visible.known_step == STOP
     assert not before._announced
 
 
