@@ -9,7 +9,7 @@ import torch
 CONTEXT_BYTES = 600 << 20
 """What CUDA, its libraries and compiled kernels take outside of torch's allocator."""
 
-_HEADROOM = 0.9
+FREE_SHARE = 0.9
 """Share of the free memory that is taken when the user names no budget."""
 
 IN_TENSORS = 0.92
@@ -52,7 +52,7 @@ class Budget:
         available = float("inf")
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            available = _HEADROOM * (free + torch.cuda.memory_reserved(device))
+            available = FREE_SHARE * (free + torch.cuda.memory_reserved(device))
         if self.gigabytes is not None:
             available = min(available, IN_TENSORS * self.gigabytes * 1e9 - CONTEXT_BYTES)
         return available

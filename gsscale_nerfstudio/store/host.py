@@ -26,9 +26,13 @@ UNBOUNDED_ROWS = 1 << 28
 """Address space taken when the user names no capacity; physical memory is the limit then."""
 
 
-def headroom() -> int:
-    """Bytes of host memory that rows leave to the rest of the process and the machine."""
-    return max(1 << 29, memory_limit() // 50)
+def headroom(limit: int | None = None) -> int:
+    """Bytes of host memory that rows leave to the rest of the process and the machine.
+
+    Args:
+        limit: bytes that the process may use; None for those of this machine.
+    """
+    return max(1 << 29, (memory_limit() if limit is None else limit) // 50)
 
 
 def locked_ahead(layout: RowLayout, rows: int) -> int:
