@@ -1,4 +1,5 @@
 # make demo   train, evaluate and export a small scene, in a fresh virtual environment
+# make docs   the guide, from docs/ into site/; a warning is an error
 # make test   lint, types and tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,10 +7,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu lint system clean
+.PHONY: demo docs test test-gpu lint system clean
 
 demo: $(INSTALLED)
 	$(BIN)/gsscale-demo --output-dir demo
+
+# Not --quiet: then --strict would let warnings pass.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 test: lint
 	$(BIN)/pytest tests
@@ -28,7 +33,7 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/kernels/*) $(shell find gsscale_nerfstudio -name '*.py')
 	@$(MAKE) --no-print-directory system
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --config-settings cmake.define.GSSCALE_WERROR=ON ".[test]"
+	$(PIP) install --quiet --constraint constraints.txt --config-settings cmake.define.GSSCALE_WERROR=ON ".[test,docs]"
 	@touch $@
 
 # What pip cannot install, with the package that has it on Debian and Ubuntu.
@@ -45,4 +50,4 @@ system:
 	  echo "Libraries that OpenCV and Open3D need are missing; install them: sudo apt-get install libgl1 libglib2.0-0" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist demo
+	rm -rf $(VENV) build dist demo site

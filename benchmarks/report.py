@@ -26,7 +26,7 @@ HEAD = """\
 # Benchmarks
 
 Splatfacto and gsscale on the same scene, the same machine, the same settings. Every number on this
-page is read from the files in [`results/`](results); `python benchmarks/report.py` writes the page.
+page is read from the files in `docs/results/`; `python benchmarks/report.py` writes the page.
 """
 
 EMPTY = """
