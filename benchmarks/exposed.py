@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.clock import Clock
 from benchmarks.step_methods import Method
-from gsscale_nerfstudio.engines import host, resident
 from gsscale_nerfstudio.engines.streams import Mark, wait_in_stream
+from gsscale_nerfstudio.engines.waits import LinkWaits
 
 STEPS = 20
 """More than the views that are prepared ahead: the first of them find everything arrived."""
@@ -55,12 +55,10 @@ def timed_waits(clock: Clock) -> Iterator[list[tuple[Any, Any]]]:
     """Put marks before and behind each wait for the link that engines queue; gives their list."""
     waits: list[tuple[Any, Any]] = []
 
-    def timed(mark: Mark, device: torch.device) -> None:
+    def timed(_: LinkWaits, mark: Mark, device: torch.device) -> None:
         before = clock.mark()
         wait_in_stream(mark, device)
         waits.append((before, clock.mark()))
 
-    with ExitStack() as patches:
-        for module in (host, resident):
-            patches.enter_context(mock.patch.object(module, "wait_in_stream", timed))
+    with mock.patch.object(LinkWaits, "wait", timed):
         yield waits

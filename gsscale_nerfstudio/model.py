@@ -38,6 +38,7 @@ from gsscale_nerfstudio.engines import (
 )
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
+from gsscale_nerfstudio.monitor import Monitor
 from gsscale_nerfstudio.out_of_memory import no_room_left, retried
 from gsscale_nerfstudio.parts import Picture, draw_in_parts, draw_windows
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
@@ -93,6 +94,7 @@ class GSScaleModel(SplatfactoModel):
         self._steps_per_log = 1
         self._penalty_in_parts: Tensor | None = None
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
+        self._monitor = Monitor(self.engine)
         self.gauss_params = GaussParams(  # type: ignore[assignment]
             store,
             settle=lambda: self.engine.settle(),
@@ -380,12 +382,18 @@ class GSScaleModel(SplatfactoModel):
     # -- losses and metrics ----------------------------------------------------------------------
 
     def get_metrics_dict(self, outputs: Any, batch: Any) -> dict[str, Any]:
-        """splatfacto's metrics; in training only at steps whose metrics the trainer logs."""
+        """splatfacto's metrics; in training only at steps whose metrics the trainer logs.
+
+        Then those of :class:`.Monitor` come with them, as ``gsscale/NAME``.
+        """
         if self.training and self.step % self._steps_per_log != 0:
             return {}
         # torchmetrics remembers its last result, and with it would the whole graph be held.
         outputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items()}
-        return super().get_metrics_dict(outputs, batch)
+        metrics: dict[str, Any] = super().get_metrics_dict(outputs, batch)
+        if self.training:
+            metrics |= {f"gsscale/{name}": value for name, value in self._monitor.ask().items()}
+        return metrics
 
     def get_loss_dict(
         self, outputs: Any, batch: Any, metrics_dict: Any = None

@@ -22,6 +22,7 @@ from gsscale_nerfstudio.engines.leaves import Leaves
 from gsscale_nerfstudio.engines.parts import ViewInParts
 from gsscale_nerfstudio.engines.threads import Worker, hand_over_quickly, uninterrupted
 from gsscale_nerfstudio.engines.visible import VisibleRows
+from gsscale_nerfstudio.engines.waits import LinkWaits
 from gsscale_nerfstudio.engines.working_set import WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
@@ -66,6 +67,7 @@ class Engine(ABC):
         self._visible = VisibleRows(store)
         self._worker = Worker()
         self._announced: deque[_Announced] = deque()
+        self._link_waits = LinkWaits(self.counters)
         self._stepped: dict[str, float] = {}
         self._settled = True
         self._under_way = False  # a view was begun whose rows are not stepped
@@ -218,7 +220,8 @@ class Engine(ABC):
         self._under_way = True
         announced = self._announced[0] if self._announced else None
         if announced is not None and announced.view.same_as(view):
-            prepared = announced.prepared.result()
+            with self._timed("host_wait_s"):
+                prepared = announced.prepared.result()
             self._announced.popleft()
         else:
             self._drop_announced()
@@ -293,6 +296,11 @@ class Engine(ABC):
         """Make sure that the worker is at rest; what it has prepared stays."""
         with self._timed("host_wait_s"):
             self._worker.wait()
+
+    @property
+    def cached(self) -> tuple[int, int] | None:
+        """Rows in the device's cache and places for them; None without a cache. For any thread."""
+        return None
 
     def row_centres(self, most: int) -> np.ndarray:
         """Means of at most ``most`` rows, evenly spaced in the store, settled or not.

@@ -28,7 +28,7 @@ from gsscale_nerfstudio.engines.packing import pack, unpack
 from gsscale_nerfstudio.engines.parts import Part, ViewInParts, parts_of, windows_of
 from gsscale_nerfstudio.engines.sizing import ViewSizing
 from gsscale_nerfstudio.engines.staging import Staging, Upload
-from gsscale_nerfstudio.engines.streams import Mark, mark_current, wait, wait_in_stream
+from gsscale_nerfstudio.engines.streams import Mark, mark_current, wait
 from gsscale_nerfstudio.engines.threads import uninterrupted
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
@@ -168,7 +168,7 @@ class HostEngine(EditableEngine):
         attributes = empty_attributes(layout, len(prepared.ids), viewpoint, training=True)
         # Rows must have arrived before they are read. Queued first, so that the device has
         # something to do while hot rows are stepped.
-        wait_in_stream(cold.arrived, self.device)
+        self._link_waits.wait(cold.arrived, self.device)
         unpack(cold.rows, layout, attributes, viewpoint, cold.split.cold)
         self._cold.read_until(mark_current(self.device))
         self._bring_hot(prepared.ids, cold.split, attributes, viewpoint)

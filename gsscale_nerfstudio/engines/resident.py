@@ -203,10 +203,15 @@ class ResidentEngine(HostEngine):
         moved = (admission.missed + admission.written) * self._sizing.row_bytes
         self._count(len(prepared.ids), admission.missed, moved)
         # The rows must have arrived before they are read.
-        wait_in_stream(admission.ready, self.device)
+        self._link_waits.wait(admission.ready, self.device)
         assert self._cache is not None
         attributes = self._cache.gather(admission.slots, self._tables, viewpoint, training=True)
         return working_set(prepared.ids, attributes, self.store.layout, viewpoint, training=True)
+
+    @property
+    def cached(self) -> tuple[int, int] | None:
+        cache = self._cache
+        return None if cache is None else (cache.table.in_use, len(cache))
 
     def windows(self, view: View) -> list[View]:
         # Where there is a cache there is room for a view.

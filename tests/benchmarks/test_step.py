@@ -19,7 +19,7 @@ from benchmarks.plan import PlanError
 from benchmarks.progress import ProgressFile
 from benchmarks.scene import SceneError
 from benchmarks.step import StepArgs
-from gsscale_nerfstudio.engines import host, resident
+from gsscale_nerfstudio.engines.waits import LinkWaits
 from gsscale_nerfstudio.store import RowLayout
 from tests.engines.driving import DEVICES, drive, make_engine, random_rows
 from tests.runs import tiny_scene
@@ -228,8 +228,8 @@ class Waiting(Counting):
 
     def step(self, view, upcoming, mark) -> None:
         super().step(view, upcoming, mark)
-        for module in (host, resident)[: len(self.seen) % 3]:
-            module.wait_in_stream(None, torch.device("cpu"))
+        for _ in range(len(self.seen) % 3):
+            LinkWaits({}).wait(None, torch.device("cpu"))
 
 
 def test_waits_for_the_link_are_timed_per_step(monkeypatch):
@@ -259,13 +259,13 @@ def test_engines_wait_where_the_timing_looks(device, cache_rows):
 
 
 def test_engines_wait_as_ever_when_the_timing_is_over():
-    untouched = host.wait_in_stream, resident.wait_in_stream
+    untouched = LinkWaits.wait
     with pytest.raises(KeyError), exposed.timed_waits(Clock(torch.device("cpu"))) as waits:
-        assert host.wait_in_stream is resident.wait_in_stream is not untouched[0]
-        host.wait_in_stream(None, torch.device("cpu"))
+        assert LinkWaits.wait is not untouched
+        LinkWaits({}).wait(None, torch.device("cpu"))
         raise KeyError
     assert len(waits) == 1
-    assert (host.wait_in_stream, resident.wait_in_stream) == untouched
+    assert LinkWaits.wait is untouched
 
 
 @pytest.mark.slow
