@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -150,14 +150,40 @@ def make_plan(given: Circumstances) -> MemoryPlan:
             f"the {given.rows:,} of now; free some, or keep fewer images there "
             "(--pipeline.datamanager.image-memory-gb)"
         )
-    gpu = None
-    if given.gpu is not None:
-        _refuse_small_gpu(given, given.gpu)
-        now, full = (_gpu_parts(given, given.gpu, rows) for rows in (given.rows, capacity))
-        gpu = Side("GPU memory", _parts(now, full), given.gpu.available)
-        advice += _gpu_advice(given, given.gpu, capacity)
     beside = engine.staging_bytes(given.layout, given.rows, given.view_rows) / max(1, given.rows)
-    return MemoryPlan(capacity, beside, host, gpu, tuple(advice))
+    plan = MemoryPlan(capacity, beside, host, None, tuple(advice))
+    return plan if given.gpu is None else _with_gpu(plan, given, given.gpu)
+
+
+def _with_gpu(plan: MemoryPlan, given: Circumstances, gpu: Gpu) -> MemoryPlan:
+    """The plan, with its GPU's side and what is to be said about it.
+
+    Raises:
+        GSScaleError: the GPU's memory does not hold what the largest view takes.
+    """
+    _refuse_small_gpu(given, gpu)
+    now, full = (_gpu_parts(given, gpu, rows) for rows in (given.rows, plan.capacity))
+    side = Side("GPU memory", _parts(now, full), gpu.available)
+    advice = plan.advice + tuple(_gpu_advice(given, gpu, plan.capacity))
+    return replace(plan, gpu=side, advice=advice)
+
+
+def rebudget(plan: MemoryPlan, given: Circumstances, gigabytes: float, rows: int) -> MemoryPlan:
+    """The plan with another budget and as many rows as there are now; the host's side stays.
+
+    Args:
+        plan: made for ``given``, which has a GPU.
+        given: circumstances at the start.
+        gigabytes: see :class:`.Budget`.
+        rows: in the store.
+
+    Raises:
+        GSScaleError: the budget does not hold what the largest view takes.
+    """
+    assert given.gpu is not None
+    gpu = replace(given.gpu, budget=_budget_bytes(gigabytes))
+    later = replace(given, rows=rows, view_rows=given.view_at(rows), gpu=gpu)
+    return _with_gpu(replace(plan, advice=()), later, gpu)
 
 
 # -- host ------------------------------------------------------------------------------------------
@@ -337,7 +363,7 @@ def measure(model: GSScaleModel, data: GSScaleDatamanager) -> Circumstances:
         budget = config.vram_budget_gb
         gpu = Gpu(
             free=int(Budget().available(device)) + CONTEXT_BYTES,
-            budget=None if budget is None else int(IN_TENSORS * budget * 1e9),
+            budget=None if budget is None else _budget_bytes(budget),
             images=placement.on_gpu,
             caches=config.engine != "host",
         )
@@ -355,6 +381,10 @@ def measure(model: GSScaleModel, data: GSScaleDatamanager) -> Circumstances:
         images_bounded=placement.where == "disk",
         gpu=gpu,
     )
+
+
+def _budget_bytes(gigabytes: float) -> int:
+    return int(IN_TENSORS * gigabytes * 1e9)
 
 
 def show(plan: MemoryPlan, rows: int) -> None:

@@ -95,6 +95,8 @@ class GSScaleModel(SplatfactoModel):
         self._penalty_in_parts: Tensor | None = None
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         self._monitor = Monitor(self.engine)
+        self.shown_rows: int | None = None
+        """Gaussians that the last rendered view may see; None if none was rendered."""
         self.gauss_params = GaussParams(  # type: ignore[assignment]
             store,
             settle=lambda: self.engine.settle(),
@@ -285,14 +287,21 @@ class GSScaleModel(SplatfactoModel):
     def _draw_to_show(self, view: View) -> Rendering | Picture:
         viewmat = view.on(self.device).viewmat
 
+        shown = 0
+
         def draw(part: View) -> Rendering:
+            nonlocal shown
             working = self.engine.fetch(part, self._viewpoint(part, viewmat))
+            shown += len(working)
             return self.draw(working, part, viewmat)
 
         windows = self.engine.windows(view)
         if len(windows) == 1:
-            return draw(view)
-        return draw_windows(windows, (view.width, view.height), draw)
+            picture: Rendering | Picture = draw(view)
+        else:
+            picture = draw_windows(windows, (view.width, view.height), draw)
+        self.shown_rows = shown
+        return picture
 
     def draw_part(
         self, part: Part, viewmat: Tensor, training: bool

@@ -32,7 +32,7 @@ class Monitor:
         return {name: self.engine.counters.get(name, 0.0) for name in _SUMS}
 
     def ask(self) -> dict[str, float]:
-        """The present state, and means over the views that were trained since the last call.
+        """The present state, and means over the views that were trained since the last means.
 
         Returns:
             By name, see ``docs/monitoring.md``. The means are left out if no view was trained, and
@@ -40,6 +40,8 @@ class Monitor:
         """
         sums, now = self._read(), time.perf_counter()
         since = {name: value - self._sums[name] for name, value in sums.items()}
+        if since["views"] == 0:
+            return self._state()  # a step that takes long has its time counted with its views
         seconds, self._sums, self._at = now - self._at, sums, now
         return self._state() | self._means(since, seconds)
 
@@ -59,8 +61,6 @@ class Monitor:
 
     def _means(self, since: dict[str, float], seconds: float) -> dict[str, float]:
         views = since["views"]
-        if views == 0:
-            return {}
         means = {
             "visible_rows": since["rows"] / views,
             "hit_rate": 1 - since["rows_missed"] / max(1.0, since["rows"]),

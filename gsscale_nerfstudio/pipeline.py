@@ -7,12 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.engine.callbacks import (
+    TrainingCallback,
+    TrainingCallbackAttributes,
+    TrainingCallbackLocation,
+)
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
 from gsscale_nerfstudio import memory_plan
+from gsscale_nerfstudio.budget_changes import BudgetChanges
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
 from gsscale_nerfstudio.errors import readable_errors
 from gsscale_nerfstudio.model import GSScaleModel
+from gsscale_nerfstudio.panel import Panel
 from gsscale_nerfstudio.random_state import restore_random_state, torch_random_state
 from gsscale_nerfstudio.view_order import SAMPLES
 
@@ -57,6 +64,19 @@ class GSScalePipeline(VanillaPipeline):
         self.datamanager.row_centres = lambda: self.model.engine.row_centres(SAMPLES)
         self._drawn: _Drawn | None = None
         self._again = False
+        self._budget_changes = BudgetChanges(self.model.engine)
+        self.panel = Panel(self.model, self._budget_changes)
+        """For Nerfstudio's viewer, which looks for such elements."""
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        return [
+            *super().get_training_callbacks(training_callback_attributes),
+            TrainingCallback(
+                [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._budget_changes.apply
+            ),
+        ]
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         with readable_errors():
@@ -71,6 +91,7 @@ class GSScalePipeline(VanillaPipeline):
         given = memory_plan.measure(self.model, self.datamanager)
         plan = memory_plan.make_plan(given)
         memory_plan.show(plan, given.rows)
+        self._budget_changes.begin(plan, given)
         store = self.model.engine.store
         store.claims, store.beside_row = self.datamanager.image_bytes_to_come, plan.beside_row
 

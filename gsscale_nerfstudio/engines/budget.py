@@ -40,12 +40,18 @@ class Budget:
             needed: bytes to leave for the training of a view.
             cached_rows: of a cache that there is already.
         """
-        taken = 0
-        if device.type == "cuda":
-            taken = torch.cuda.memory_allocated(device) - cached_rows * row_bytes
         # Rows are numbered by 32 bits.
+        taken = _taken(device, row_bytes, cached_rows)
         rows = (self.available(device) - needed - taken) / row_bytes
         return int(max(0, min(rows, 2**31 - 1)))
+
+    @staticmethod
+    def least(
+        device: torch.device, row_bytes: int, needed: int, rows: int, cached_rows: int = 0
+    ) -> float:
+        """Gigabytes from which on :meth:`cache_rows` is ``rows``, if the card has them."""
+        taken = _taken(device, row_bytes, cached_rows)
+        return (rows * row_bytes + needed + taken + CONTEXT_BYTES) / IN_TENSORS / 1e9
 
     def available(self, device: torch.device) -> float:
         """Bytes that torch may take in all, what it has now included; CUDA's own come on top."""
@@ -56,3 +62,10 @@ class Budget:
         if self.gigabytes is not None:
             available = min(available, IN_TENSORS * self.gigabytes * 1e9 - CONTEXT_BYTES)
         return available
+
+
+def _taken(device: torch.device, row_bytes: int, cached_rows: int) -> int:
+    """Bytes in use on a device beside a cache of so many rows."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.memory_allocated(device) - cached_rows * row_bytes

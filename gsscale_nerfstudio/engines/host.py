@@ -275,6 +275,29 @@ class HostEngine(EditableEngine):
             soft_wrap=True,
         )
 
+    # -- another budget --------------------------------------------------------------------------
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the budget has an effect."""
+        return self.device.type == "cuda"
+
+    def set_budget(self, budget: Budget) -> None:
+        """Keep to another budget from the next view on. Called between steps.
+
+        Raises:
+            GSScaleError: there is a cache, which would not hold a view; the old budget stays.
+        """
+        with uninterrupted():
+            self._drop_announced()
+            self._let_go()
+            self._go_by(budget)
+            self.budget = budget
+
+    def _go_by(self, budget: Budget) -> None:
+        """Size views by a budget, when none is on the device."""
+        self._sizing.keep_to(budget)
+
     # -- the step --------------------------------------------------------------------------------
 
     def _step_rows(self, working: WorkingSet | ViewInParts, lrs: np.ndarray) -> None:

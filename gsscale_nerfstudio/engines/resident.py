@@ -288,6 +288,21 @@ class ResidentEngine(HostEngine):
                 )
         return True
 
+    # -- another budget --------------------------------------------------------------------------
+
+    @property
+    def bounded(self) -> bool:
+        return self._fitted is not None or super().bounded
+
+    def _go_by(self, budget: Budget) -> None:
+        if self._fitted is not None:
+            have = len(self._cache) if self._cache is not None else 0
+            if self._cache is not None:
+                self._sizing.observe(have)
+            self._sizing.refuse_small(budget, have)
+            self._fitted.outdated = True
+        super()._go_by(budget)
+
     # -- rendering and stepping ------------------------------------------------------------------
 
     def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.rates import Rates
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import RowLayout
 
 _PIXEL_BYTES = 130
@@ -93,6 +95,11 @@ class ViewSizing:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
+    def keep_to(self, budget: Budget) -> None:
+        """Go by another budget from the next view on."""
+        self._budget = budget
+        self._within_budget = 0  # to be asked for again
+
 
 class CacheSizing(ViewSizing):
     """What the budget leaves for the cache, by the views that were seen.
@@ -146,6 +153,28 @@ class CacheSizing(ViewSizing):
         needed = view_bytes(self.view_rows, self._pixels, self._per_row)
         rows = self._budget.cache_rows(self._device, self.row_bytes, needed, cached_rows)
         return min(rows, self._most_slots)
+
+    def refuse_small(self, budget: Budget, cached_rows: int) -> None:
+        """See that a cache within a budget would hold a view.
+
+        Called between views, when none of their tensors is left.
+
+        Args:
+            budget: another one than that of now.
+            cached_rows: of the cache that there is.
+
+        Raises:
+            GSScaleError: it would not.
+        """
+        rows = with_margin(self.largest)
+        needed = view_bytes(rows, self._pixels, self._per_row)
+        least = budget.least(self._device, self.row_bytes, needed, rows, cached_rows)
+        if budget.gigabytes is not None and budget.gigabytes < least:
+            raise GSScaleError(
+                f"{budget.gigabytes:.4g} GB of GPU memory do not hold the largest view so far, "
+                f"{self.largest:,} Gaussians with their Adam state; it takes at least "
+                f"{math.ceil(100 * least) / 100:.2f} GB"
+            )
 
     def too_many(self, slots: int, enough: int = 0) -> int:
         """A cache of ``slots`` rows left too little memory for the rest, whatever the reason.
