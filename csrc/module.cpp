@@ -13,6 +13,9 @@ void bind_slots(nb::module_ &m);
 }  // namespace gsscale
 
 NB_MODULE(_C, m) {
+    // The viewer's threads hold an engine until the interpreter is gone: nanobind would end every
+    // such training with a report of leaks.
+    gsscale::nb::set_leak_warnings(false);
     m.doc() = "Kernels of gsscale: rows (settle, step, gather), culling, row order and sets, slots.";
     m.def("isa", [] { return gsscale::isa_name(gsscale::active_isa()); },
           "Instruction set in use: baseline, avx2 or avx512.");
