@@ -58,7 +58,7 @@ class Panel(ViewerElement[None]):
             gigabytes = engine.budget.gigabytes
             if gigabytes is None:
                 gigabytes = (engine.budget.available(engine.device) + CONTEXT_BYTES) / 1e9
-            field = gui.add_number("VRAM budget, GB", round(gigabytes, 2), min=0.0, step=0.1)
+            field = gui.add_number("VRAM budget, GB", round(gigabytes, 2), min=0.0, step=0.05)
             button = gui.add_button("Train with this budget")
             button.on_click(lambda _: self._changes.ask(field.value))
             self._add_text(gui.add_markdown(""), lambda: self._changes.said)
@@ -103,25 +103,24 @@ def engine_text(told: dict[str, float], shown_rows: int | None) -> str:
         told: some means may be missing.
         shown_rows: Gaussians that the last rendered view may see; None if none was rendered.
     """
-    lines = [("Gaussians in host memory", f"{told['rows']:,.0f}")]
+    gaussians = [("in host memory", f"{told['rows']:,.0f}")]
     if "cached_rows" in told:
-        room = f"{told['cached_rows']:,.0f}, room for {told['cache_capacity']:,.0f}"
-        lines.append(("of these on the GPU", room))
+        gaussians.append(("on the GPU", f"{told['cached_rows']:,.0f}"))
+        gaussians.append(("room on the GPU", f"{told['cache_capacity']:,.0f}"))
     if shown_rows is not None:
-        lines.append(("visible in the last render", f"{shown_rows:,}"))
-    if "visible_rows" in told:
-        lines += [
-            ("visible in a training view", f"{told['visible_rows']:,.0f}"),
-            ("on the GPU before (hit rate)", f"{told['hit_rate']:.0%}"),
-            ("link", f"{told['link_gb_per_s']:.2f} GB/s, {told['link_mb']:,.1f} MB a view"),
-        ]
-    if "link_wait_ms" in told:
-        lines.append(("GPU waits for the link", f"{told['link_wait_ms']:.1f} ms a view"))
-    lines.append(("host memory", f"{told['host_memory_gb']:.2f} GB"))
+        gaussians.append(("visible, last render", f"{shown_rows:,}"))
+    memory = [("host memory", f"{told['host_memory_gb']:.2f} GB")]
     if "gpu_allocated_gb" in told:
-        taken, reserved = told["gpu_allocated_gb"], told["gpu_reserved_gb"]
-        lines.append(("GPU memory", f"{taken:.2f} GB, {reserved:.2f} reserved"))
-    return _table(["", ""], lines)
+        memory.append(("GPU memory", f"{told['gpu_allocated_gb']:.2f} GB"))
+        memory.append(("reserved there", f"{told['gpu_reserved_gb']:.2f} GB"))
+    if "visible_rows" in told:
+        gaussians.append(("visible, training", f"{told['visible_rows']:,.0f}"))
+        gaussians.append(("hit rate", f"{told['hit_rate']:.0%}"))
+        memory.append(("link, a view", f"{told['link_mb']:,.1f} MB"))
+        memory.append(("link rate", f"{told['link_gb_per_s']:.2f} GB/s"))
+    if "link_wait_ms" in told:
+        memory.append(("wait for link", f"{told['link_wait_ms']:.1f} ms"))
+    return f"{_table(['Gaussians', ''], gaussians)}\n\n{_table(['Memory and link', ''], memory)}"
 
 
 def plan_text(plan: MemoryPlan | None) -> str:
@@ -133,8 +132,8 @@ def plan_text(plan: MemoryPlan | None) -> str:
         rows.append((f"**{side.name}**", *map(_gb, (side.now, side.full, side.available))))
         parts = (part for part in side.parts if part.now or part.full)
         rows += [(part.name, _gb(part.now), _gb(part.full), "") for part in parts]
-    table = _table(["GB", "now", f"at {plan.capacity:,}", "available"], rows)
-    return "\n\n".join([table, *plan.advice])
+    table = _table(["GB", "now", "full", "of"], rows)
+    return "\n\n".join([table, f"Full is with {plan.capacity:,} Gaussians.", *plan.advice])
 
 
 def _table(heading: list[str], rows: list[Any]) -> str:
