@@ -13,7 +13,8 @@ namespace gsscale {
 
 namespace {
 
-using Columns = nb::ndarray<int32_t, nb::shape<7>, nb::c_contig, nb::device::cpu>;
+using Columns = nb::ndarray<int32_t, nb::shape<9>, nb::c_contig, nb::device::cpu>;
+using Doubles1 = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Doubles2 = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using GroupOf = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -37,9 +38,9 @@ struct Store {
         require(!sp || (sp->shape(0) >= p.shape(0) && sp->shape(1) == 4),
                 "spheres must be [capacity, 4]");
         const int32_t *c = columns.data();
-        for (int i = 0; i < 7; ++i) require(c[i] >= 0 && c[i] < width, "column outside of the row");
+        for (int i = 0; i < 9; ++i) require(c[i] >= 0 && c[i] < width, "column outside of the row");
         raw = {p.data(), m.data(), v.data(), sp ? sp->data() : nullptr, width, c[0], c[1],
-               c[2],     c[3],     c[4],     c[5],     c[6]};
+               c[2],     c[3],     c[4],     c[5],     c[6],  c[7],  c[8]};
     }
     int64_t capacity() const { return (int64_t)params.shape(0); }
 };
@@ -48,14 +49,16 @@ struct Tables {
     Floats2 tail;
     Floats1 eps_scale, decay1, decay2, eps, reach;
     GroupOf group;
+    std::optional<Doubles1> noise_before;
     std::vector<float> skip;  // [K + 1, width]: each group's values in each of its columns
     SkipTables raw;
 
     Tables(int64_t step, Doubles2 skip_, Floats2 tail_, Floats1 eps_scale_, Floats1 decay1_,
            Floats1 decay2_, Floats1 eps_, Floats1 reach_, GroupOf group_, double beta1,
-           double beta2)
+           double beta2, std::optional<Doubles1> noise_before_, double noise_now, float noise_rate,
+           float noise_room)
         : tail(tail_), eps_scale(eps_scale_), decay1(decay1_), decay2(decay2_),
-          eps(eps_), reach(reach_), group(group_) {
+          eps(eps_), reach(reach_), group(group_), noise_before(noise_before_) {
         const int64_t horizon = (int64_t)skip_.shape(0) - 1, width = (int64_t)group.shape(0);
         const int64_t n_groups = (int64_t)tail.shape(1);
         require(step >= 0, "step must not be negative");
@@ -70,12 +73,15 @@ struct Tables {
                 "eps, reach and group must have one entry per column");
         require((int64_t)eps_scale.shape(0) > step, "eps_scale must cover steps 0 .. step");
         require((int64_t)tail.shape(0) >= step - horizon, "tail must cover steps 0 .. step - K - 1");
+        require(!noise_before || (int64_t)noise_before->shape(0) >= step,
+                "noise_before must cover steps 0 .. step - 1");
         skip.resize((horizon + 1) * width);
         GSSCALE_DISPATCH(spread_groups, skip_.data(), horizon + 1, n_groups, group.data(), width,
                          skip.data());
         raw = {step,          horizon,       n_groups,   skip.data(),  tail.data(), eps_scale.data(),
                decay1.data(), decay2.data(), eps.data(), reach.data(), group.data(), beta1,
-               beta2};
+               beta2,
+               {noise_before ? noise_before->data() : nullptr, noise_now, noise_rate, noise_room}};
     }
 };
 
@@ -163,7 +169,8 @@ void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floa
     float step_size[kMaxWidth];
     for (int64_t c = 0; c < store.raw.width; ++c) step_size[c] = (float)(lr.data()[c] / bias1);
     const AdamStep adam{step_size, (float)(1.0 - tables.raw.beta1), (float)tables.raw.beta2,
-                        (float)(1.0 - tables.raw.beta2), (float)(1.0 / std::sqrt(bias2))};
+                        (float)(1.0 - tables.raw.beta2), (float)(1.0 / std::sqrt(bias2)),
+                        tables.raw.noise.rate * lr.data()[store.raw.mean]};
     const int32_t *picked = pick ? pick->data() : nullptr;
     float *stepped = forward ? forward->data() : nullptr;
     nb::gil_scoped_release release;
@@ -181,10 +188,12 @@ void bind_rows(nb::module_ &m) {
              nb::arg("spheres").noconvert().none(), nb::arg("columns").noconvert());
     nb::class_<Tables>(m, "SkipTables")
         .def(nb::init<int64_t, Doubles2, Floats2, Floats1, Floats1, Floats1, Floats1, Floats1,
-                      GroupOf, double, double>(),
+                      GroupOf, double, double, std::optional<Doubles1>, double, float, float>(),
              nb::arg("step"), nb::arg("skip").noconvert(), nb::arg("tail").noconvert(), nb::arg("eps_scale").noconvert(),
              nb::arg("decay1").noconvert(), nb::arg("decay2").noconvert(), nb::arg("eps").noconvert(), nb::arg("reach").noconvert(),
-             nb::arg("group").noconvert(), nb::arg("beta1"), nb::arg("beta2"))
+             nb::arg("group").noconvert(), nb::arg("beta1"), nb::arg("beta2"),
+             nb::arg("noise_before").noconvert().none() = nb::none(), nb::arg("noise_now") = 0.0,
+             nb::arg("noise_rate") = 0.0f, nb::arg("noise_room") = 0.0f)
         .def_prop_ro("step", [](const Tables &tables) { return tables.raw.step; });
     m.def("gather_settled", &gather, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
           nb::arg("out").noconvert(), nb::arg("pick").noconvert().none() = nb::none(),

@@ -20,8 +20,17 @@ struct RowStore {
     float *spheres;  // [capacity, 4] bounding spheres for the culler, or null
     int64_t width;
     int32_t mean, scale;                        // first of three columns each
+    int32_t quat;                               // first of four columns
     int32_t opacity;
-    int32_t stamp, grad2d, count, max_radius;   // bookkeeping columns
+    int32_t stamp, grad2d, count, max_radius, key;  // bookkeeping columns
+};
+
+// Noise that each step i adds to means: rate * lr_i standard deviations; see kernels/noise.h.
+struct Noise {
+    const double *before;  // [>= t]  sum over i <= s of (rate lr_i)^2; null if there is no noise
+    double now;            // the same sum, up to t
+    float rate;
+    float room;            // bounding spheres hold for that many standard deviations
 };
 
 // What Adam did in the steps that a row has skipped (DESIGN: deferred Adam). Current step: t.
@@ -38,6 +47,7 @@ struct SkipTables {
     const float *reach;       // [width]  bound of S(t, infinity): how far skipped steps can still go
     const int32_t *group;     // [width]  column -> group, n_groups for bookkeeping columns
     double beta1, beta2;
+    Noise noise;
 };
 
 // One ordinary step t + 1 of torch.optim.Adam.
@@ -45,6 +55,7 @@ struct AdamStep {
     const float *step_size;   // [width]  lr / (1 - beta1^(t+1)); 0 in the bookkeeping columns
     float one_minus_beta1, beta2, one_minus_beta2;
     float inv_sqrt_bias2;     // 1 / sqrt(1 - beta2^(t+1))
+    float noise;              // standard deviation of this step's noise
 };
 
 // The rows ids[0 .. n - 1]; or, where there is a pick, ids[pick[0 .. n - 1]].

@@ -29,6 +29,10 @@ class SkipTables:
         group: ndarray,
         beta1: float,
         beta2: float,
+        noise_before: ndarray | None = None,
+        noise_now: float = 0.0,
+        noise_rate: float = 0.0,
+        noise_room: float = 0.0,
     ) -> None: ...
     @property
     def step(self) -> int: ...

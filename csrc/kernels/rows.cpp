@@ -2,6 +2,8 @@
 // was compiled for AVX-512 and call it on an older CPU.
 #include "rows.h"
 
+#include "noise.h"
+
 #include <math.h>
 #include <omp.h>
 #include <string.h>
@@ -93,11 +95,17 @@ inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
         // NaN wins and stays: the culler keeps a broken row rather than dropping it silently.
         if (!(largest >= reached)) largest = largest != largest ? largest : reached;
     }
+    float noise = 0.0f;
+    if (t.noise.before) {
+        const int k = s.opacity;
+        const float drop = t.reach[k] * m[k] / (sqrtf(v[k]) + t.eps[k] * f);
+        noise = distance_to_come(s, t.noise, w, largest, drop > 0.0f ? w[k] - drop : w[k]);
+    }
     float *sphere = s.spheres + row * 4;
     sphere[0] = w[s.mean];
     sphere[1] = w[s.mean + 1];
     sphere[2] = w[s.mean + 2];
-    sphere[3] = kSigmas * expf(largest) + sqrtf(moved) + kCoordinateSlack * far;
+    sphere[3] = kSigmas * expf(largest) + sqrtf(moved) + kCoordinateSlack * far + noise;
 }
 
 // One column of the row that starts at `at`, as it would be if the row were settled. At gap 0 S is 0.
@@ -161,6 +169,8 @@ void gather_settled(const RowStore &s, const SkipTables &t, const Selection &row
 #pragma omp simd
         for (int64_t c = 0; c < width; ++c)
             o[c] = w[c] - S[c] * m[c] / (sqrtf(v[c]) + eps[c] * skip.f);
+        if (t.noise.before)
+            disturb(s, origin_of(s, w), kSkipped, deviation_since(t.noise, stamp), o);
     }
 }
 
@@ -173,7 +183,9 @@ void settle_range(const RowStore &s, const SkipTables &t, int64_t begin, int64_t
         if (stamp == t.step) continue;
         float scratch[kMaxWidth];
         const Skip skip = skip_of(t, s.width, stamp, scratch);
+        const Origin origin = origin_of(s, w);
         settle_row(skip, t.eps, s.width, w, s.exp_avg + at, s.exp_avg_sq + at);
+        if (t.noise.before) disturb(s, origin, kSkipped, deviation_since(t.noise, stamp), w);
         w[s.stamp] = (float)t.step;
     }
 }
@@ -189,10 +201,12 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
         float *__restrict__ m = s.exp_avg + at;
         float *__restrict__ v = s.exp_avg_sq + at;
         const int64_t stamp = stamp_of(s, w);
+        const Origin origin = origin_of(s, w);
         if (stamp != t.step) {
             float scratch[kMaxWidth];
             const Skip skip = skip_of(t, width, stamp, scratch);
             settle_row(skip, t.eps, width, w, m, v);
+            if (t.noise.before) disturb(s, origin, kSkipped, deviation_since(t.noise, stamp), w);
         }
         // The gradient row carries the view's densification statistics in the bookkeeping columns.
         float g[kMaxWidth];
@@ -212,6 +226,7 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
             m[c] = flush(mc);
             v[c] = flush(vc);
         }
+        if (t.noise.before) disturb(s, origin, kOwn, a.noise, w);
         w[s.stamp] = (float)(t.step + 1);
         if (forward) memcpy(forward + i * width, w, width * sizeof(float));
         if (s.spheres) write_sphere(s, t, row);

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.optim.noise import MeanNoise
 from gsscale_nerfstudio.store.layout import GROUPS, RowLayout
 
 _NEGLIGIBLE = 1e-12
@@ -26,6 +28,7 @@ class _Moment:
     lr: np.ndarray
     skip: np.ndarray
     lr_bound: np.ndarray
+    noise: float
     tables: _C.SkipTables | None = None
 
 
@@ -55,6 +58,7 @@ class AdamHistory:
         lr: learning rate of each group, for step 1.
         eps: eps of each group, > 0.
         betas: Adam's decay rates, the same for all groups.
+        noise: what every step adds to means; None for nothing.
 
     Raises:
         GSScaleError: betas or eps for which the closed form does not hold.
@@ -66,8 +70,10 @@ class AdamHistory:
         lr: Mapping[str, float],
         eps: Mapping[str, float],
         betas: tuple[float, float] = (0.9, 0.999),
+        noise: MeanNoise | None = None,
     ) -> None:
         self.layout = layout
+        self.noise = noise
         self.beta1, self.beta2 = betas
         ratio = self.beta1 / math.sqrt(self.beta2)
         self.horizon = _horizon(ratio)
@@ -88,6 +94,8 @@ class AdamHistory:
         self._tail = np.zeros((1024, len(GROUPS)), dtype=np.float32)
         self._eps_scale = np.zeros(1024, dtype=np.float32)
         self._eps_scale[0] = self._eps_factor(0)
+        self._noise_now = 0.0  # sum of the variances of all steps since rows were last all settled
+        self._noise_before = np.zeros(1024)
         steps = np.arange(self.horizon + 1)
         self._decay1 = (self.beta1**steps).astype(np.float32)
         self._decay2 = (self.beta2**steps).astype(np.float32)
@@ -117,6 +125,7 @@ class AdamHistory:
         after = self._after(lr)
         outgrown = after.lr_bound is not self._lr_bound
         self.step, self._skip, self._lr_bound = after.step, after.skip, after.lr_bound
+        self._noise_now = after.noise
         self._tables, self._next = after.tables, None
         return outgrown
 
@@ -127,7 +136,7 @@ class AdamHistory:
         """
         after = self._after(lr)
         if after.tables is None:
-            after.tables = self._make_tables(after.step, after.skip, self._reach_of(after.lr_bound))
+            after.tables = self._make_tables(after)
         return after.tables
 
     def skip_after(self, lr: np.ndarray) -> np.ndarray:
@@ -141,11 +150,15 @@ class AdamHistory:
         if t >= len(self._tail):
             self._tail = np.concatenate([self._tail, np.zeros_like(self._tail)])
             self._eps_scale = np.concatenate([self._eps_scale, np.zeros_like(self._eps_scale)])
-        # Tables of earlier steps share these two arrays but read neither entry, and both are the
+            self._noise_before = np.concatenate(
+                [self._noise_before, np.zeros_like(self._noise_before)]
+            )
+        # Tables of earlier steps share these arrays but read none of the entries, and they are the
         # same whatever `lr` is: they can be written before the step is taken.
         if t > self.horizon:
             self._tail[t - 1 - self.horizon] = self._skip[-1]
         self._eps_scale[t] = self._eps_factor(t)
+        self._noise_before[t - 1] = self._noise_now
         a = lr * math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
         skip = np.zeros_like(self._skip)
         np.multiply(self._power[1:, None], a, out=skip[1:])
@@ -155,12 +168,21 @@ class AdamHistory:
         if outgrown.any():
             # Room to grow, or a warm-up would force a refresh at every step.
             lr_bound = np.where(outgrown, 2 * lr, lr_bound)
-        self._next = _Moment(t, np.array(lr), skip, lr_bound)
+        noise = self._noise_now + (self.noise.variance(lr) if self.noise else 0.0)
+        self._next = _Moment(t, np.array(lr), skip, lr_bound, noise)
         return self._next
 
     def rebound(self, lr: np.ndarray) -> None:
         """Bound future motion by the learning rates ``lr``; all spheres must be refreshed."""
         self._lr_bound = np.array(lr, dtype=np.float64)
+        self._tables = self._next = None
+
+    def all_settled(self) -> None:
+        """All rows are current: noise of the steps so far will not be asked for any more.
+
+        What follows does not depend on when it began then, not even by rounding.
+        """
+        self._noise_now = 0.0
         self._tables = self._next = None
 
     @property
@@ -211,22 +233,29 @@ class AdamHistory:
     def tables(self) -> _C.SkipTables:
         """The kernels' view of this history at the present step."""
         if self._tables is None:
-            self._tables = self._make_tables(self.step, self._skip, self.reach)
+            now = _Moment(self.step, np.empty(0), self._skip, self._lr_bound, self._noise_now)
+            self._tables = self._make_tables(now)
         return self._tables
 
-    def _make_tables(self, step: int, skip: np.ndarray, reach: np.ndarray) -> _C.SkipTables:
+    def _make_tables(self, moment: _Moment) -> _C.SkipTables:
+        noise: dict[str, Any] = {}
+        if self.noise is not None:
+            noise["noise_before"], noise["noise_now"] = self._noise_before, moment.noise
+            noise["noise_rate"] = self.noise.rate
+            noise["noise_room"] = self.noise.room(moment.lr_bound)
         return _C.SkipTables(
-            step=step,
-            skip=skip,
+            step=moment.step,
+            skip=moment.skip,
             tail=self._tail,
             eps_scale=self._eps_scale,
             decay1=self._decay1,
             decay2=self._decay2,
             eps=self._eps,
-            reach=reach,
+            reach=self._reach_of(moment.lr_bound),
             group=self._group,
             beta1=self.beta1,
             beta2=self.beta2,
+            **noise,
         )
 
     def restart(self, step: int) -> None:
@@ -237,7 +266,8 @@ class AdamHistory:
         self._tail = np.zeros((size, len(GROUPS)), dtype=np.float32)
         self._eps_scale = np.zeros(size, dtype=np.float32)
         self._eps_scale[step] = self._eps_factor(step)
-        self._tables = self._next = None
+        self._noise_before = np.zeros(size)
+        self.all_settled()
 
 
 def _horizon(ratio: float) -> int:

@@ -32,7 +32,8 @@ class RowSummary:
 class RowEdit:
     """Rows that take the place of others, are new, or go; no row is both rewritten and removed.
 
-    Written rows start without moments and statistics; their bookkeeping columns do not count.
+    Written rows start without moments and statistics, but for those that ``keeps_moments`` is
+    about; their bookkeeping columns do not count.
 
     Attributes:
         rewritten: [r] int64, ascending.
@@ -40,6 +41,7 @@ class RowEdit:
         added: [a, width] float32, parameters of new rows.
         parents: [a] int64: rows that are seen whenever the new ones are, as far as one can tell.
         removed: [d] int64, ascending.
+        keeps_moments: rewritten rows, which are settled in the store, keep their moments.
     """
 
     rewritten: Tensor
@@ -47,6 +49,7 @@ class RowEdit:
     added: Tensor
     parents: Tensor
     removed: Tensor
+    keeps_moments: bool = False
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,7 @@ class HostStore:
         for name in GROUPS:
             self.column(name)[first:] = values[name]
         self.bookkeeping("stamp")[first:] = stamp
+        self.bookkeeping("key")[first:] = torch.arange(first, first + k)
         self._unsorted += k
 
     def apply(self, edit: RowEdit, stamp: int) -> Placement:
@@ -261,7 +262,9 @@ class HostStore:
             values[:, self.layout.optimized :] = 0
             values[:, self.layout.bookkeeping["stamp"]] = stamp
         placement = place(self._n, edit.removed, len(edit.added))
-        self._write(edit.rewritten, edit.values)
+        key = self.layout.bookkeeping["key"]
+        edit.values[:, key], edit.added[:, key] = edit.rewritten, placement.added
+        self._write(edit.rewritten, edit.values, edit.keeps_moments)
         source, target = placement.sources.numpy(), placement.targets.numpy()
         for array in (self.params, self.exp_avg, self.exp_avg_sq, self.spheres):
             _C.copy_rows(array.numpy(), source, target)
@@ -270,10 +273,14 @@ class HostStore:
         self._unsorted += len(target) + len(edit.added)
         return placement
 
-    def _write(self, ids: Tensor, values: Tensor) -> None:
+    def _write(self, ids: Tensor, values: Tensor, keeps_moments: bool = False) -> None:
         _C.fill_rows(self.params.numpy(), ids.numpy(), values.numpy())
-        for array in (self.exp_avg, self.exp_avg_sq):
+        for array in () if keeps_moments else (self.exp_avg, self.exp_avg_sq):
             _C.fill_rows(array.numpy(), ids.numpy())
+
+    def renew_keys(self) -> None:
+        """Give all rows the keys that they have after they were loaded."""
+        self.bookkeeping("key").copy_(torch.arange(self._n))
 
     # -- order and memory ------------------------------------------------------------------------
 

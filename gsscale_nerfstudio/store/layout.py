@@ -12,7 +12,7 @@ from gsscale_nerfstudio.streamed import STREAMS
 GROUPS = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 """The optimized attributes, under splatfacto's names, in column order."""
 
-BOOKKEEPING = ("stamp", "grad2d", "count", "max_radius", "spare")
+BOOKKEEPING = ("stamp", "grad2d", "count", "max_radius", "key")
 """One column each, behind the attributes; see :class:`RowLayout`."""
 
 STATISTICS = ("grad2d", "count", "max_radius")
@@ -28,8 +28,9 @@ class RowLayout:
     Attributes (means 3, log-scales 3, quaternion wxyz 4, opacity logit 1, SH dc 3, SH rest
     ``3 ((d+1)^2 - 1)``) come first, then the bookkeeping columns: ``stamp`` (the optimizer step up
     to which the row is current, a whole number, exact in float32 up to 2^24), and gsplat's
-    densification statistics ``grad2d``, ``count``, ``max_radius``. The width is rounded up to 16
-    floats: 64 for SH degree 3.
+    densification statistics ``grad2d``, ``count``, ``max_radius``, and ``key``, which tells rows
+    at the same place apart (noise does not move them alike). The width is rounded up to 16 floats:
+    64 for SH degree 3.
 
     Args:
         sh_degree: maximum degree of the spherical harmonics, 0 to 4.
@@ -109,17 +110,19 @@ class RowLayout:
 
     @cached_property
     def kernel_columns(self) -> np.ndarray:
-        """[7] int32: the columns that the C++ row kernels ask for by name."""
+        """[9] int32: the columns that the C++ row kernels ask for by name."""
         b = self.bookkeeping
         return np.array(
             [
                 self.columns["means"].start,
                 self.columns["scales"].start,
+                self.columns["quats"].start,
                 self.columns["opacities"].start,
                 b["stamp"],
                 b["grad2d"],
                 b["count"],
                 b["max_radius"],
+                b["key"],
             ],
             dtype=np.int32,
         )

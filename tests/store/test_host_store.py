@@ -37,7 +37,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.rng = np.random.default_rng(0)
 
     def names(self) -> np.ndarray:
-        return self.store.bookkeeping("spare").numpy().copy()
+        return self.store.bookkeeping("key").numpy().copy()
 
     def snapshot(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.store
@@ -53,7 +53,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.name(row)
 
     def name(self, row: int) -> None:
-        self.store.params[row, LAYOUT.bookkeeping["spare"]] = self.next_name
+        self.store.params[row, LAYOUT.bookkeeping["key"]] = self.next_name
         self.model[self.next_name] = self.snapshot(row)
         self.next_name += 1
 
