@@ -22,7 +22,7 @@ from gsscale_nerfstudio.store.memory import available_memory, with_spare
 
 if TYPE_CHECKING:
     from gsscale_nerfstudio.datamanager import GSScaleDatamanager
-    from gsscale_nerfstudio.model import GSScaleModel
+    from gsscale_nerfstudio.model import GSScaleModel, GSScaleModelConfig
 
 _VIEWS = 256
 """Views that are culled to find the largest: the one of all is not much larger."""
@@ -365,14 +365,14 @@ def measure(model: GSScaleModel, data: GSScaleDatamanager) -> Circumstances:
             free=int(Budget().available(device)) + CONTEXT_BYTES,
             budget=None if budget is None else _budget_bytes(budget),
             images=placement.on_gpu,
-            caches=config.engine != "host",
+            caches=isinstance(engine, ResidentEngine),
         )
     images = sum(placement.in_host)
     in_memory = images - data.image_bytes_to_come()
     return Circumstances(
         layout=store.layout,
         rows=len(store),
-        wanted=config.max_gaussians,
+        wanted=_wanted(config, len(store)),
         view_rows=max(engine.visible_rows(view) for view in views),
         view_pixels=int((cameras.width * cameras.height).max()),
         memory=available_memory() + store.taken_bytes + in_memory,
@@ -385,6 +385,14 @@ def measure(model: GSScaleModel, data: GSScaleDatamanager) -> Circumstances:
 
 def _budget_bytes(gigabytes: float) -> int:
     return int(IN_TENSORS * gigabytes * 1e9)
+
+
+def _wanted(config: GSScaleModelConfig, rows: int) -> int | None:
+    """Rows up to which flags let the scene grow; None if they say nothing."""
+    if config.strategy != "mcmc":
+        return config.max_gaussians
+    most = min(config.max_gs_num, config.max_gaussians or config.max_gs_num)
+    return max(rows, most)
 
 
 def show(plan: MemoryPlan, rows: int) -> None:

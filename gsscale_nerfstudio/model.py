@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -20,13 +20,14 @@ from nerfstudio.model_components.lib_bilagrid import (
 )
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.colors import get_color
+from nerfstudio.utils.rich_utils import CONSOLE
 from pytorch_msssim import SSIM
 from torch import Tensor
 from torch.nn import Parameter
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from gsscale_nerfstudio.cull import View, world_to_camera
-from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
+from gsscale_nerfstudio.densify import RowMCMCStrategy, make_strategy
 from gsscale_nerfstudio.densify.statistics import screen_statistics
 from gsscale_nerfstudio.engines import (
     HostEngine,
@@ -36,6 +37,7 @@ from gsscale_nerfstudio.engines import (
     WorkingSet,
     make_engine,
 )
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.monitor import Monitor
@@ -65,6 +67,19 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
     Gaussian that a view sees, and is slower. "auto": resident where there is a GPU, until the
     measured rates of link and host memory say that the other one is clearly faster."""
+    strategy: Literal["default", "mcmc"] = "default"
+    """How the scene grows. "default": splatfacto's cloning, splitting and pruning by gradients.
+    "mcmc": gsplat's MCMCStrategy. Each step adds noise to faint Gaussians; each refinement
+    relocates those with an opacity of at most 0.005 (or cull-alpha-thresh, if that is set) to
+    opaque ones, and grows the scene by 5 %, up to max-gs-num."""
+    max_gs_num: int = 1_000_000
+    """Largest number of Gaussians with strategy mcmc; max-gaussians, if set, holds, too."""
+    noise_lr: float = 5e5
+    """Size of strategy mcmc's noise, as a multiple of the means' learning rate; 0 for none."""
+    mcmc_opacity_reg: float = 0.01
+    """Weight of the mean opacity in the loss, with strategy mcmc."""
+    mcmc_scale_reg: float = 0.01
+    """Weight of the mean scale in the loss, with strategy mcmc."""
     vram_budget_gb: float | None = None
     """GPU memory, in 10^9 bytes, that training may take in all: the larger, the fewer Gaussians
     cross the link at each step with the resident engine. Views for which it is too small are drawn
@@ -84,6 +99,7 @@ class GSScaleModel(SplatfactoModel):
 
     def populate_modules(self) -> None:
         config = self.config
+        self.strategy = make_strategy(config, self.num_train_data)  # refuses what cannot be
         store = HostStore(RowLayout(config.sh_degree), config.max_gaussians)
         seed_rows(store, config, self.seed_points)
         self.seed_points = None
@@ -92,8 +108,10 @@ class GSScaleModel(SplatfactoModel):
         each training step."""
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
-        self._penalty_in_parts: Tensor | None = None
-        self.engine = make_engine(config.engine, store, config.vram_budget_gb)
+        self._penalties_in_parts: Tensor | None = None
+        self.engine = make_engine(self._engine_name(), store, config.vram_budget_gb)
+        if isinstance(self.strategy, RowMCMCStrategy):
+            self.engine.noise = self.strategy.noise
         self._monitor = Monitor(self.engine)
         self.shown_rows: int | None = None
         """Gaussians that the last rendered view may see; None if none was rendered."""
@@ -121,26 +139,18 @@ class GSScaleModel(SplatfactoModel):
             self.bil_grids = BilateralGrid(
                 num=self.num_train_data, grid_X=grid_x, grid_Y=grid_y, grid_W=grid_w
             )
-        reset_every = config.reset_alpha_every * config.refine_every
-        self.strategy = RowStrategy(
-            prune_opa=config.cull_alpha_thresh,
-            grow_grad2d=config.densify_grad_thresh,
-            grow_scale3d=config.densify_size_thresh,
-            grow_scale2d=config.split_screen_size,
-            prune_scale3d=config.cull_scale_thresh,
-            prune_scale2d=config.cull_screen_size,
-            refine_scale2d_stop_iter=config.stop_screen_size_at,
-            refine_start_iter=config.warmup_length,
-            refine_stop_iter=config.stop_split_at,
-            reset_every=reset_every,
-            refine_every=config.refine_every,
-            pause_refine_after_reset=pause_after_reset(
-                self.num_train_data, config.refine_every, reset_every
-            ),
-            absgrad=config.use_absgrad,
-            revised_opacity=False,
-            verbose=True,
-        )
+
+    def _engine_name(self) -> str:
+        name = self.config.engine
+        if self.config.strategy != "mcmc" or name == "host":
+            return name
+        if name == "resident":
+            raise GSScaleError(
+                "strategy mcmc adds noise where Adam runs, which only the host engine can at "
+                "present; use --pipeline.model.engine host (or auto)"
+            )
+        CONSOLE.print("gsscale: engine host, because strategy mcmc needs it.")
+        return "host"
 
     def _apply(self, fn: Any, recurse: bool = True) -> GSScaleModel:
         super()._apply(fn, recurse)
@@ -271,11 +281,11 @@ class GSScaleModel(SplatfactoModel):
         self, working: WorkingSet | ViewInParts, view: View, viewmat: Tensor
     ) -> Rendering | Picture:
         """Draw a begun view, and have densification's statistics of it taken while it grows."""
-        with_statistics = self.step < self.strategy.refine_stop_iter
-        self._penalty_in_parts = None
+        with_statistics = self.strategy.wants_statistics(self.step)
+        self._penalties_in_parts = None
         if isinstance(working, ViewInParts):
             picture = draw_in_parts(working, view, viewmat, self, with_statistics)
-            self._penalty_in_parts = picture.penalty
+            self._penalties_in_parts = picture.penalties
             return picture
         rendering = self.draw(working, view, viewmat)
         if with_statistics:
@@ -417,7 +427,7 @@ class GSScaleModel(SplatfactoModel):
             truth, render = truth * mask, render * mask
         losses = {
             "main_loss": photometric_loss(render, truth, config.ssim_lambda),
-            "scale_reg": self._scale_regularization(),
+            **self._penalties_of_the_view(),
         }
         if self.training:
             self.camera_optimizer.get_loss_dict(losses)
@@ -425,28 +435,47 @@ class GSScaleModel(SplatfactoModel):
                 losses["tv_loss"] = 10 * total_variation_loss(self.bil_grids.grids)
         return losses
 
-    def _scale_regularization(self) -> Tensor:
-        """PhysGaussian's penalty of needles, on the rows of the view.
+    def _penalties_of_the_view(self) -> dict[str, Tensor]:
+        """Regularizations, on the rows of the view.
 
-        splatfacto averages over all Gaussians; ours has the same weight per Gaussian, but those
+        splatfacto averages over all Gaussians; ours have the same weight per Gaussian, but those
         outside of the view are left alone.
         """
         working = self.engine.current
-        in_parts, self._penalty_in_parts = self._penalty_in_parts, None
-        if in_parts is not None:
-            return in_parts
-        if not isinstance(working, WorkingSet):
-            return torch.zeros((), device=self.device)
-        return self.penalty(working.leaves["scales"])
+        in_parts, self._penalties_in_parts = self._penalties_in_parts, None
+        if isinstance(working, WorkingSet):
+            return self.penalties(working.leaves)
+        nothing = {
+            name: torch.zeros(0, *shape, device=self.device)
+            for name, shape in self.engine.store.layout.shapes.items()
+        }
+        terms = self.penalties(nothing)
+        if in_parts is None:
+            return terms
+        return dict(zip(terms, in_parts.unbind(), strict=True))
 
-    def penalty(self, scales: Tensor) -> Tensor:
-        """The regularization's share of rows with log-scales [m, 3]; 0 at most steps."""
+    def penalties(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The regularizations' shares of rows with these leaves [m, ...]; the same terms always."""
+        config, n = self.config, max(1, self.num_points)
+        terms = {"scale_reg": self._needles(leaves["scales"], n)}
+        if config.strategy == "mcmc":
+            opacities, scales = leaves["opacities"], leaves["scales"]
+            if config.mcmc_opacity_reg > 0:
+                share = torch.sigmoid(opacities).sum() / n
+                terms["mcmc_opacity_reg"] = config.mcmc_opacity_reg * share
+            if config.mcmc_scale_reg > 0:
+                share = torch.exp(scales).sum() / (3 * n)
+                terms["mcmc_scale_reg"] = config.mcmc_scale_reg * share
+        return terms
+
+    def _needles(self, scales: Tensor, n: int) -> Tensor:
+        """PhysGaussian's penalty of needles with log-scales [m, 3]; 0 at most steps."""
         if not (self.config.use_scale_regularization and self.step % 10 == 0):
             return torch.zeros((), device=self.device)
         scales = torch.exp(scales)
         ratio = scales.amax(dim=-1) / scales.amin(dim=-1)
         excess = torch.clamp_min(ratio - self.config.max_gauss_ratio, 0.0)
-        return 0.1 * excess.sum() / max(1, self.num_points)
+        return 0.1 * excess.sum() / n
 
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]

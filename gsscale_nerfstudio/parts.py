@@ -8,7 +8,7 @@ not even for SSIM, and what comes out is what the view would have given in one p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,12 +23,12 @@ from gsscale_nerfstudio.rasterize import Rendering
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn view, see :class:`.Rendering`; ``penalty`` is a sum over its rows."""
+    """A drawn view, see :class:`.Rendering`; ``penalties`` [k] are sums over its rows."""
 
     rgb: Tensor
     alpha: Tensor
     depth: Tensor | None
-    penalty: Tensor
+    penalties: Tensor
 
 
 class Drawer(Protocol):
@@ -39,8 +39,8 @@ class Drawer(Protocol):
     ) -> tuple[WorkingSet, Rendering]:
         """Bring a part's rows and draw its window."""
 
-    def penalty(self, scales: Tensor) -> Tensor:
-        """A term of the loss that is a sum over rows, of log-scales [m, 3]."""
+    def penalties(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of the loss that are sums over rows, of these leaves."""
 
 
 def draw_windows(
@@ -59,7 +59,7 @@ def draw_windows(
         canvas = canvas or _Canvas(rendering, size)
         canvas.paint(rendering, view)
     assert canvas is not None
-    return Picture(canvas.rgb, canvas.alpha, canvas.depth, canvas.rgb.new_zeros(()))
+    return Picture(canvas.rgb, canvas.alpha, canvas.depth, canvas.rgb.new_zeros(0))
 
 
 def draw_in_parts(
@@ -77,10 +77,10 @@ def draw_in_parts(
     anchor = viewmat.new_zeros((), requires_grad=True)  # viewmat seldom requires a gradient
     seen = _Seen(len(whole), viewmat.device) if with_statistics else None
     outputs = _InParts.apply(anchor, viewmat, whole, view, drawer, seen)
-    rgb, alpha, penalty, depth = (*outputs, None) if len(outputs) == 3 else outputs
+    rgb, alpha, penalties, depth = (*outputs, None) if len(outputs) == 3 else outputs
     if seen is not None:
         whole.statistics = lambda: screen_statistics(seen.gradients, seen.radii, view)
-    return Picture(rgb, alpha, depth, penalty)
+    return Picture(rgb, alpha, depth, penalties)
 
 
 class _Canvas:
@@ -97,6 +97,12 @@ class _Canvas:
         self.rgb[pixels], self.alpha[pixels] = rendering.rgb, rendering.alpha
         if self.depth is not None and rendering.depth is not None:
             self.depth[pixels] = rendering.depth
+
+
+def _penalties(drawer: Drawer, working: WorkingSet, first: Tensor) -> Tensor:
+    """[k], of the rows that no earlier part has had."""
+    leaves = {name: leaf[first] for name, leaf in working.leaves.items()}
+    return torch.stack(list(drawer.penalties(leaves).values()))
 
 
 class _Seen:
@@ -124,14 +130,14 @@ class _InParts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(viewmat)
         ctx.whole, ctx.drawer, ctx.seen = whole, drawer, seen
-        canvas, penalty = None, viewmat.new_zeros(())
+        canvas, penalties = None, viewmat.new_zeros(())
         for part in whole.parts:
             working, rendering = drawer.draw_part(part, viewmat.detach(), training=False)
             canvas = canvas or _Canvas(rendering, (view.width, view.height))
             canvas.paint(rendering, part.view)
-            penalty += drawer.penalty(working.leaves["scales"][part.first.to(viewmat.device)])
+            penalties = penalties + _penalties(drawer, working, part.first.to(viewmat.device))
         assert canvas is not None
-        outputs = (canvas.rgb, canvas.alpha, penalty)
+        outputs = (canvas.rgb, canvas.alpha, penalties)
         return outputs if canvas.depth is None else (*outputs, canvas.depth)
 
     @staticmethod
@@ -143,10 +149,10 @@ class _InParts(torch.autograd.Function):
             with torch.enable_grad():
                 working, rendering = ctx.drawer.draw_part(part, pose, training=True)
                 first = part.first.to(viewmat.device)
-                penalty = ctx.drawer.penalty(working.leaves["scales"][first])
-            drawn = [rendering.rgb, rendering.alpha, rendering.depth, penalty]
-            of_rgb, of_alpha, of_penalty, *of_depth = gradients
-            theirs = [of_rgb[pixels], of_alpha[pixels], None, of_penalty]
+                penalties = _penalties(ctx.drawer, working, first)
+            drawn = [rendering.rgb, rendering.alpha, rendering.depth, penalties]
+            of_rgb, of_alpha, of_penalties, *of_depth = gradients
+            theirs = [of_rgb[pixels], of_alpha[pixels], None, of_penalties]
             if of_depth:
                 theirs[2] = of_depth[0][pixels]
             pairs = [

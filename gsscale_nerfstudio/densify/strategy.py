@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,32 +9,16 @@ from gsplat.strategy import DefaultStrategy
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from gsscale_nerfstudio.densify.chunks import chunks
+from gsscale_nerfstudio.densify.room import RowRoom
 from gsscale_nerfstudio.densify.split import SHRINK
 from gsscale_nerfstudio.densify.split import split as split_rows
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.edit import RowEdit, RowSummary
 
-_CHUNK = 1 << 20
-"""Rows looked at together: bounds the temporaries of a decision to some 20 MB."""
-
-_SORT_FROM = 0.25
+SORT_FROM = 0.25
 """Share of rows out of Morton order from which sorting pays."""
-
-_FULL = (
-    "the host store is full; from here on only the most needed Gaussians are added, as pruning "
-    "makes room. Raise --pipeline.model.max-gaussians to grow further."
-)
-_LOW = (
-    "host memory is low: training goes on, but densification adds only as many Gaussians as leave "
-    "memory for checkpoints and images. Free host memory, or allow the container more, and it "
-    "grows again."
-)
-
-
-def _chunks(n: int) -> Iterator[slice]:
-    for start in range(0, n, _CHUNK):
-        yield slice(start, min(start + _CHUNK, n))
 
 
 @dataclass
@@ -47,7 +30,7 @@ class RowStrategy(DefaultStrategy):
     the holes of removed ones. Beside those numbers, masks of one byte per row are allocated.
     """
 
-    _warnings: set[str] = field(default_factory=set)
+    _room: RowRoom = field(default_factory=RowRoom)
 
     @torch.no_grad()
     def refine(self, engine: EditableEngine, step: int) -> None:
@@ -85,12 +68,16 @@ class RowStrategy(DefaultStrategy):
         engine.apply(RowEdit(parents, first, rows, sources, removed))
         pruned = n + duplicated + split - len(store)
         self._tell(step, f"{pruned} GSs pruned.", len(store))
-        if store.unsorted_share > _SORT_FROM:
+        if store.unsorted_share > SORT_FROM:
             engine.sort()
 
     def _tell(self, step: int, what: str, n: int) -> None:
         if self.verbose:
             print(f"Step {step}: {what} Now having {n} GSs.")
+
+    def wants_statistics(self, step: int) -> bool:
+        """Whether decisions need to know where rows were seen at ``step``."""
+        return step < self.refine_stop_iter
 
     def changes_rows(self, step: int) -> bool:
         """Whether :meth:`refine` will do anything at ``step``."""
@@ -110,7 +97,7 @@ class RowStrategy(DefaultStrategy):
         """Which rows to duplicate (small ones) and which to split (large ones): two [n] masks."""
         n = len(summary)
         duplicates, splits = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
-        for rows in _chunks(n):
+        for rows in chunks(n):
             high = summary.gradient[rows] > self.grow_grad2d
             small = torch.exp(summary.scale[rows]) <= self.grow_scale3d
             duplicates[rows] = high & small
@@ -124,7 +111,7 @@ class RowStrategy(DefaultStrategy):
         split: two [n] masks."""
         n = len(summary)
         gone, children_gone = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
-        for rows in _chunks(n):
+        for rows in chunks(n):
             faint = torch.sigmoid(summary.opacity[rows]) < self.prune_opa
             gone[rows] = children_gone[rows] = faint
             if step > self.reset_every:
@@ -142,19 +129,13 @@ class RowStrategy(DefaultStrategy):
     ) -> None:
         """Where not all new rows have room at present, keep those with the highest gradient."""
         wanted = int(duplicates.sum()) + int(splits.sum())
-        room = store.room()
-        if wanted <= room:
+        room = self._room.grant(store, wanted)
+        if room == wanted:
             return
-        self._warn_once(_LOW if len(store) + room < store.capacity else _FULL)
         candidates = torch.nonzero(duplicates | splits).flatten()
         weakest = summary.gradient[candidates].argsort()[: wanted - room]
         duplicates[candidates[weakest]] = False
         splits[candidates[weakest]] = False
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warnings:
-            self._warnings.add(message)
-            CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {message}", soft_wrap=True)
 
 
 def pause_after_reset(num_images: int, refine_every: int, reset_every: int) -> int:

@@ -25,7 +25,7 @@ from gsscale_nerfstudio.engines.visible import VisibleRows
 from gsscale_nerfstudio.engines.waits import LinkWaits
 from gsscale_nerfstudio.engines.working_set import WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
-from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam
+from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam, MeanNoise
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 
 
@@ -60,6 +60,8 @@ class Engine(ABC):
         self.history = AdamHistory(
             store.layout, dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 1.0)
         )
+        self.noise: MeanNoise | None = None
+        """Added to means at every step; to be set before the optimizers are made."""
         self.current: WorkingSet | ViewInParts | None = None
         self.counters: defaultdict[str, float] = defaultdict(float)
         """Sums since the start: views, rows, seconds; see the engines."""
@@ -128,6 +130,7 @@ class Engine(ABC):
             lr={name: group["lr"] for name, group in groups.items()},
             eps={name: group["eps"] for name, group in groups.items()},
             betas=betas.pop(),
+            noise=self.noise,
         )
         hand_over_quickly()
         if self.device.type == "cuda":
@@ -428,6 +431,10 @@ class Engine(ABC):
         """
         self._forget_announced()
         self.settle()
+        if self.noise is not None:
+            # From here on noise is what it will be in a run that is resumed here.
+            self.history.all_settled()
+            self.store.renew_keys()
         if len(self.optimizers) == len(GROUPS):
             self.history.rebound(self.learning_rates)
         self.refresh_bounds()

@@ -88,7 +88,7 @@ def test_scale_regularization_has_splatfactos_weight(scene, tmp_path):
     model.engine.current = replace(everything, leaves={"scales": scales})
     ratio = scales.exp().amax(-1) / scales.exp().amin(-1)
     expected = 0.1 * (torch.maximum(ratio, torch.tensor(2.0)) - 2.0).mean()
-    torch.testing.assert_close(model._scale_regularization(), expected)
+    torch.testing.assert_close(model._penalties_of_the_view()["scale_reg"], expected)
 
 
 def test_moving_the_model_leaves_the_rows(scene, tmp_path):
