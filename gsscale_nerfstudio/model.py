@@ -20,7 +20,6 @@ from nerfstudio.model_components.lib_bilagrid import (
 )
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.colors import get_color
-from nerfstudio.utils.rich_utils import CONSOLE
 from pytorch_msssim import SSIM
 from torch import Tensor
 from torch.nn import Parameter
@@ -37,7 +36,6 @@ from gsscale_nerfstudio.engines import (
     WorkingSet,
     make_engine,
 )
-from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.monitor import Monitor
@@ -109,7 +107,7 @@ class GSScaleModel(SplatfactoModel):
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
         self._penalties_in_parts: Tensor | None = None
-        self.engine = make_engine(self._engine_name(), store, config.vram_budget_gb)
+        self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         if isinstance(self.strategy, RowMCMCStrategy):
             self.engine.noise = self.strategy.noise
         self._monitor = Monitor(self.engine)
@@ -139,18 +137,6 @@ class GSScaleModel(SplatfactoModel):
             self.bil_grids = BilateralGrid(
                 num=self.num_train_data, grid_X=grid_x, grid_Y=grid_y, grid_W=grid_w
             )
-
-    def _engine_name(self) -> str:
-        name = self.config.engine
-        if self.config.strategy != "mcmc" or name == "host":
-            return name
-        if name == "resident":
-            raise GSScaleError(
-                "strategy mcmc adds noise where Adam runs, which only the host engine can at "
-                "present; use --pipeline.model.engine host (or auto)"
-            )
-        CONSOLE.print("gsscale: engine host, because strategy mcmc needs it.")
-        return "host"
 
     def _apply(self, fn: Any, recurse: bool = True) -> GSScaleModel:
         super()._apply(fn, recurse)

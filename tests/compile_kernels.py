@@ -23,6 +23,7 @@ POINTERS = {
     **dict.fromkeys(["slots", "rows_of", "moves", "positions", "add_at", "group_of"], "*i32"),
     **dict.fromkeys(["pixel_radii", "counts", "gaussians"], "*i32"),
     **dict.fromkeys(["order", "ends"], "*i64"),
+    "noise": "*fp64",
     "tiles": "*i16",
 }
 INTEGERS = {"n", "n_rows", "total", "bands_end", "step", "height", "width"}
@@ -35,6 +36,8 @@ FLOATS = {
     "inv_sqrt_bias2",
     "l1_weight",
     "most",
+    "noise_room",
+    "own_noise",
     "ssim_weight",
 }
 ROWS = {
@@ -49,6 +52,8 @@ ROWS = {
     "GRAD2D": 60,
     "COUNT": 61,
     "MAX_RADIUS": 62,
+    "KEY": 63,
+    "NOISE": False,
     "ROWS": 16,
 }
 SLOTS = {
@@ -65,8 +70,9 @@ LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}
 KERNELS = [
     (kernels.exchange_rows, ROWS),
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": False}),
-    (kernels.gather_leaves, {**ROWS, "FROM_HOST": True}),
+    (kernels.gather_leaves, {**ROWS, "FROM_HOST": True, "NOISE": True}),
     (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True}),
+    (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": False, "NOISE": True}),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True, "ADD": False}),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": False, "ADD": True}),
     (staging_kernels.unpack_rows, {**ROWS, "SCATTER": True}),

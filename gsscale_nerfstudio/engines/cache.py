@@ -260,6 +260,7 @@ class RowCache:
                     FROM_HOST=rows is not None,
                     SLOPES=attributes["slopes"].numel() > 0,
                     STAMP=layout.bookkeeping["stamp"],
+                    KEY=layout.bookkeeping["key"],
                     **tables.skipped_steps(),
                     **tile_of(layout, GATHER),
                 )
@@ -308,6 +309,7 @@ class RowCache:
                 GRAD2D=columns["grad2d"],
                 COUNT=columns["count"],
                 MAX_RADIUS=columns["max_radius"],
+                KEY=columns["key"],
                 **tables.skipped_steps(),
                 **tables.adam_step(lrs),
                 **tile_of(layout, STEP),

@@ -185,6 +185,26 @@ class AdamHistory:
         self._noise_now = 0.0
         self._tables = self._next = None
 
+    def noise_sums(self, steps: int) -> np.ndarray:
+        """[steps] float64, more than t: variances of all steps up to s added up, 0 from t + 1 on.
+
+        Entries of steps before rows were last all settled mean nothing.
+        """
+        sums = np.zeros(steps)
+        sums[: self.step] = self._noise_before[: self.step]
+        sums[self.step] = self._noise_now
+        return sums
+
+    @property
+    def noise_now(self) -> float:
+        """The last of :meth:`noise_sums` that is known."""
+        return self._noise_now
+
+    @property
+    def noise_room(self) -> float:
+        """Standard deviations of noise that bounding spheres hold for."""
+        return 0.0 if self.noise is None else self.noise.room(self._lr_bound)
+
     @property
     def skip(self) -> np.ndarray:
         """[K + 1, len(GROUPS)] float64: S(t - k, t); not to be kept, the next step changes it."""

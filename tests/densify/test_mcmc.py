@@ -16,7 +16,6 @@ from torch import Tensor
 from gsscale_nerfstudio.densify import RowMCMCStrategy, chunks, mcmc
 from gsscale_nerfstudio.densify.relocation import share_out
 from gsscale_nerfstudio.densify.sampling import draw_rows
-from gsscale_nerfstudio.engines import HostEngine
 from gsscale_nerfstudio.optim import MeanNoise
 from gsscale_nerfstudio.store import GROUPS, HostStore, host
 from tests.densify.test_strategy import LAYOUT, as_gsplat, engine_of, random_store
@@ -300,9 +299,10 @@ def test_noise_moves_faint_rows_only(scene, tmp_path):
     assert moved[:150].max() < 0.05 * moved[150:].median()
 
 
-def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(scene, tmp_path):
+@pytest.mark.parametrize("engine", ["host", "resident"])
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(scene, tmp_path, engine):
     def config(name: str, steps: int):
-        made = mcmc_config(scene, tmp_path / name, steps, refine_every=7)
+        made = mcmc_config(scene, tmp_path / name, steps, refine_every=7, engine=engine)
         made.steps_per_save = 19
         made.save_only_latest_checkpoint = False
         return made
@@ -379,12 +379,3 @@ def test_the_opacity_threshold_can_be_set(scene, tmp_path):
         trainer = mcmc_config(scene, tmp_path, steps=1, **given).setup()
         trainer.setup()
         assert trainer.pipeline.model.strategy.min_opacity == expected
-
-
-def test_the_engine_is_one_that_can(scene, tmp_path, capsys):
-    for name in ("auto", "host"):
-        trainer = mcmc_config(scene, tmp_path, steps=1, engine=name).setup()
-        trainer.setup()
-        assert type(trainer.pipeline.model.engine) is HostEngine
-        assert ("engine host, because" in capsys.readouterr().out) == (name == "auto")
-    ends_with_a_sentence(mcmc_config(scene, tmp_path, 1, engine="resident"), capsys, "engine host")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from gsscale_nerfstudio.densify import RowStrategy
+from gsscale_nerfstudio.densify import RowMCMCStrategy, RowStrategy
 from gsscale_nerfstudio.loss.fused import fused_photometric_loss
 from gsscale_nerfstudio.rasterize.tile_lists import tile_lists
 from gsscale_nerfstudio.store import RowLayout
@@ -102,6 +102,26 @@ def test_engines(accesses: dict[str, int], room: float | None) -> None:
     expected = {"exchange_rows", "gather_leaves", "settle_and_step_rows", "_summarize", "_limit"}
     assert set(accesses) >= (expected if slots else {"unpack_rows", "pack_gradients"})
     assert min(accesses.values()) > 1000
+
+
+def test_noise(accesses: dict[str, int]) -> None:
+    """The resident engine with noise, and a strategy that relocates rows and adds some."""
+    layout = RowLayout(1)
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", int(1.5 * largest_view(layout)))
+    strategy = RowMCMCStrategy(
+        refine_start_iter=5, refine_every=10, noise_lr=100.0, min_opacity=0.45
+    )
+    engine.noise = strategy.noise
+    views = ring_of_views()
+    drive(
+        engine,
+        22,
+        before_step=lambda step: engine.fetch(views[step % len(views)]) and None,
+        after_step=lambda step: strategy.refine(engine, step),
+    )
+    engine.settle()
+    assert len(engine.store) == int(1.05 * int(1.05 * ROWS))
+    assert set(accesses) >= {"exchange_rows", "gather_leaves", "settle_and_step_rows"}
 
 
 @pytest.mark.parametrize("size", [(11, 11), (37, 53), (129, 200)])
