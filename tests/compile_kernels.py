@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gsscale_nerfstudio.engines import kernels, slot_kernels, staging_kernels
+from gsscale_nerfstudio.engines import kernels, noise_kernels, slot_kernels, staging_kernels
 from gsscale_nerfstudio.loss import fused
 from gsscale_nerfstudio.rasterize import tile_lists
 
@@ -34,10 +34,10 @@ FLOATS = {
     "beta2",
     "one_minus_beta2",
     "inv_sqrt_bias2",
+    "deviation",
     "l1_weight",
     "most",
-    "noise_room",
-    "own_noise",
+    "room",
     "ssim_weight",
 }
 ROWS = {
@@ -52,7 +52,6 @@ ROWS = {
     "GRAD2D": 60,
     "COUNT": 61,
     "MAX_RADIUS": 62,
-    "KEY": 63,
     "NOISE": False,
     "ROWS": 16,
 }
@@ -65,6 +64,7 @@ SLOTS = {
     "N_GROUPS": 8,
     "SLOTS": 128,
 }
+NOISE = {**ROWS, "KEY": 63, "N_GROUPS": 8, "ROWS": 128}
 TILES = {"RADII": 1, "BLOCK": 32}
 LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}
 KERNELS = [
@@ -72,7 +72,8 @@ KERNELS = [
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": False}),
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": True, "NOISE": True}),
     (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True}),
-    (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": False, "NOISE": True}),
+    (noise_kernels._draw, {**NOISE, "FROM_HOST": True, "DRAW_OWN": True}),
+    (noise_kernels._step, NOISE),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True, "ADD": False}),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": False, "ADD": True}),
     (staging_kernels.unpack_rows, {**ROWS, "SCATTER": True}),
@@ -93,7 +94,8 @@ def type_of(name: str, kernel: Any) -> str:
     if name in ("rows", "columns") and kernel in (tile_lists._count_tiles, tile_lists._list_tiles):
         return "i32"
     # unpack_rows calls its rows `rows`; they are floats there, and ids in gather_leaves.
-    if name == "rows" and kernel in (kernels.gather_leaves, slot_kernels._summarize):
+    readers = (kernels.gather_leaves, slot_kernels._summarize, noise_kernels._draw)
+    if name == "rows" and kernel in readers:
         return "*i32"
     return POINTERS.get(name, "*fp32")
 

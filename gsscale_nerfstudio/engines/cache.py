@@ -24,6 +24,7 @@ from gsscale_nerfstudio.engines.kernels import (
     settle_and_step_rows,
     tile_of,
 )
+from gsscale_nerfstudio.engines.noise_kernels import draw_noise, step_noise
 from gsscale_nerfstudio.engines.slot_kernels import limit_slots, summarize_slots
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
@@ -248,6 +249,10 @@ class RowCache:
         layout, n = self.store.layout, len(slots)
         attributes = empty_attributes(layout, n, viewpoint, training)
         if n > 0:
+            offsets = None
+            if tables.noise is not None:
+                arrays, host = self._arrays, self._host_arrays
+                offsets, _ = draw_noise(arrays, host, slots, rows, layout, tables, own=False)
             with LAUNCH:
                 gather_leaves[(triton.cdiv(n, GATHER.rows),)](
                     *self._arrays,
@@ -256,11 +261,12 @@ class RowCache:
                     slots if rows is None else rows,
                     **attributes,
                     **color_arguments(layout, viewpoint),
+                    offsets=slots if offsets is None else offsets,
                     n=n,
                     FROM_HOST=rows is not None,
+                    NOISE=offsets is not None,
                     SLOPES=attributes["slopes"].numel() > 0,
                     STAMP=layout.bookkeeping["stamp"],
-                    KEY=layout.bookkeeping["key"],
                     **tables.skipped_steps(),
                     **tile_of(layout, GATHER),
                 )
@@ -288,6 +294,10 @@ class RowCache:
         columns = layout.bookkeeping
         statistics = working.statistics() if working.statistics is not None else None
         norms, seen, radii = statistics if statistics is not None else (spheres,) * 3
+        offsets = normals = None
+        if tables.noise is not None:
+            arrays, host = self._arrays, self._host_arrays
+            offsets, normals = draw_noise(arrays, host, slots, None, layout, tables, own=True)
         # The launch is the last thing to be done: if there is no memory for what it needs, no row
         # has been changed.
         with LAUNCH:
@@ -295,6 +305,7 @@ class RowCache:
                 *self._arrays,
                 slots,
                 spheres,
+                spheres if offsets is None else offsets,
                 *grads.values(),
                 colors.gradients(),
                 working.leaves["means"].detach(),
@@ -305,15 +316,17 @@ class RowCache:
                 reach_of=tables.reach,
                 n=n,
                 HAS_STATISTICS=statistics is not None,
+                NOISE=offsets is not None,
                 STAMP=columns["stamp"],
                 GRAD2D=columns["grad2d"],
                 COUNT=columns["count"],
                 MAX_RADIUS=columns["max_radius"],
-                KEY=columns["key"],
                 **tables.skipped_steps(),
                 **tables.adam_step(lrs),
                 **tile_of(layout, STEP),
             )
+        if normals is not None:
+            step_noise(self._arrays, slots, normals, spheres, layout, tables, lrs)
         return spheres
 
     @property

@@ -24,15 +24,6 @@ from gsscale_nerfstudio.engines.color_kernels import (
 )
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.leaf_kernels import load_leaves, store_leaves
-from gsscale_nerfstudio.engines.noise_kernels import (
-    OWN,
-    SKIPPED,
-    column_of,
-    deviation_since,
-    distance_to_come,
-    disturbed,
-    normals,
-)
 from gsscale_nerfstudio.store import RowLayout
 
 RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -187,6 +178,7 @@ def gather_leaves(
     opacities,
     colors,
     slopes,
+    offsets,
     table,
     position,
     bands_end,
@@ -198,14 +190,12 @@ def gather_leaves(
     decay,
     log2_beta1,
     log2_beta2,
-    noise,
     step,
     n,
     FROM_HOST: tl.constexpr,
     SLOPES: tl.constexpr,
-    STAMP: tl.constexpr,
-    KEY: tl.constexpr,
     NOISE: tl.constexpr,
+    STAMP: tl.constexpr,
     DEGREE: tl.constexpr,
     SH: tl.constexpr,
     HORIZON: tl.constexpr,
@@ -216,6 +206,7 @@ def gather_leaves(
 ):
     """Settled leaves of rows and their colours; the rows themselves stay as they are.
 
+    With NOISE, ``offsets`` [n, 3] are added to the means; see ``noise_kernels.py``.
     Rows with a slot >= 0 come from the cache; the others, if FROM_HOST, from the host store.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -259,14 +250,11 @@ def gather_leaves(
     if FROM_HOST:
         m += tl.load(host_m + there, mask=fetch & behind, other=0.0)
         v += tl.load(host_v + there, mask=fetch & behind, other=0.0)
-    if NOISE:  # of the rows as they are stored
-        x, y = column_of(w, column, 0), column_of(w, column, 1)
-        z, key = column_of(w, column, 2), column_of(w, column, KEY)
-        z0, z1, z2 = normals(x, y, z, since.to(tl.float32), key, SKIPPED)
     # As the host rounds: a row looks the same, bit by bit, wherever it is settled to be looked at.
     w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
     if NOISE:
-        w = disturbed(w, column, live, z0, z1, z2, deviation_since(noise, since, step))
+        means_at = i[:, None].to(tl.int64) * 3 + column
+        w += tl.load(offsets + means_at, mask=live[:, None] & (column < 3), other=0.0)
     store_leaves(w, column, i, live, means, scales, quats, opacities)
     store_colors(
         w, column, i, live, n, table, position, bands_end, colors, slopes, SLOPES, DEGREE, SH
@@ -280,6 +268,7 @@ def settle_and_step_rows(
     cache_v,
     slots,
     spheres,
+    offsets,
     g_means,
     g_scales,
     g_quats,
@@ -302,9 +291,6 @@ def settle_and_step_rows(
     decay,
     log2_beta1,
     log2_beta2,
-    noise,
-    own_noise,
-    noise_room,
     one_minus_beta1,
     beta2,
     one_minus_beta2,
@@ -312,9 +298,8 @@ def settle_and_step_rows(
     step,
     n,
     HAS_STATISTICS: tl.constexpr,
-    STAMP: tl.constexpr,
-    KEY: tl.constexpr,
     NOISE: tl.constexpr,
+    STAMP: tl.constexpr,
     GRAD2D: tl.constexpr,
     COUNT: tl.constexpr,
     MAX_RADIUS: tl.constexpr,
@@ -326,7 +311,10 @@ def settle_and_step_rows(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Settle cached rows to step t and apply Adam step t + 1, in place; new spheres [n, 4] out."""
+    """Settle cached rows to step t and apply Adam step t + 1, in place; new spheres [n, 4] out.
+
+    With NOISE, ``offsets`` [n, 3] are added to the settled means; see ``noise_kernels.py``.
+    """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = i < n
     column = tl.arange(0, COLUMNS)[None, :]
@@ -356,19 +344,14 @@ def settle_and_step_rows(
         HORIZON,
         GROUPS,
     )
-    if NOISE:  # of the rows as they are stored
-        x, y = column_of(w, column, 0), column_of(w, column, 1)
-        z, key, since = column_of(w, column, 2), column_of(w, column, KEY), stamp.to(tl.float32)
-        z0, z1, z2 = normals(x, y, z, since, key, SKIPPED)
-        o0, o1, o2 = normals(x, y, z, since, key, OWN)
     w -= quotient(s * m, root(v) + eps * f[:, None])
-    if NOISE:
-        w = disturbed(w, column, live, z0, z1, z2, deviation_since(noise, stamp, step))
     m *= d1[:, None]
     v *= d2[:, None]
 
     row_of = i.to(tl.int64)
     row = row_of[:, None]
+    if NOISE:
+        w += tl.load(offsets + row * 3 + column, mask=take & (column < 3), other=0.0)
     g = load_leaves(column, i, live, g_means, g_scales, g_quats, g_opacities)
     g += coefficient_gradients(
         column, i, live, means, position, table, bands_end, g_colors, DEGREE, SH
@@ -378,8 +361,6 @@ def settle_and_step_rows(
     m += (g - m) * one_minus_beta1
     v = v * beta2 + g * g * one_minus_beta2
     w -= quotient(step_size * m, root(v) * inv_sqrt_bias2 + eps)
-    if NOISE:
-        w = disturbed(w, column, live, o0, o1, o2, own_noise)
     # Denormals would never end decaying.
     m = tl.where(tl.abs(m) < 1.17549435e-38, 0.0, m)
     v = tl.where(v < 1.17549435e-38, 0.0, v)
@@ -409,8 +390,4 @@ def settle_and_step_rows(
     odd = tl.sum(tl.where(is_scale, grown - grown, 0.0), 1)
     largest = tl.max(tl.where(is_scale, grown, float("-inf")), 1) + odd
     radius = 3.3301 * tl.exp(largest) + root(moved) + 1e-6 * distance
-    if NOISE:
-        lowest = column_of(tl.where(motion > 0.0, w - motion, w), column, 10)
-        after = tl.zeros([ROWS], tl.float32) + (step + 1)
-        radius += distance_to_come(w, column, after, largest, lowest, noise_room, KEY)
     tl.store(spheres + 4 * row_of + 3, radius, mask=live)

@@ -15,7 +15,7 @@ from gsscale_nerfstudio.engines.streams import mark_current, wait
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import GROUPS, RowLayout
 
-_SLOTS = 1024 if RUN_ON_CPU else 128
+SLOTS = 1024 if RUN_ON_CPU else 128
 """Slots per program, one a thread."""
 
 _SCALES, _OPACITIES = GROUPS.index("scales"), GROUPS.index("opacities")
@@ -36,7 +36,7 @@ def _slots_of(w, slots, n, step, STAMP: tl.constexpr, WIDTH: tl.constexpr, SLOTS
 
 
 @triton.jit
-def _settled(
+def settled_element(
     w, m, v, at, live, group, stamp, step, eps, skip, tail, eps_scale, HORIZON: tl.constexpr,
     N_GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -61,17 +61,17 @@ def _summarize(
 ):  # fmt: skip
     i, live, at, stamp = _slots_of(w, slots, n, step, STAMP, WIDTH, SLOTS)
     eps = tl.load(eps_of + SCALE)
-    largest = _settled(
+    largest = settled_element(
         w, m, v, at + SCALE, live, SCALES, stamp, step, eps, skip, tail, eps_scale, HORIZON,
         N_GROUPS,
     )  # fmt: skip
     for axis in tl.static_range(1, 3):
-        scale = _settled(
+        scale = settled_element(
             w, m, v, at + SCALE + axis, live, SCALES, stamp, step, eps, skip, tail, eps_scale,
             HORIZON, N_GROUPS,
         )  # fmt: skip
         largest = tl.maximum(largest, scale, propagate_nan=tl.PropagateNan.ALL)
-    opacity = _settled(
+    opacity = settled_element(
         w, m, v, at + OPACITY, live, OPACITIES, stamp, step, tl.load(eps_of + OPACITY), skip, tail,
         eps_scale, HORIZON, N_GROUPS,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def _limit(
     N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     _i, live, at, stamp = _slots_of(w, slots, n, step, STAMP, WIDTH, SLOTS)
-    now = _settled(
+    now = settled_element(
         w, m, v, at + OPACITY, live, OPACITIES, stamp, step, tl.load(eps_of + OPACITY), skip, tail,
         eps_scale, HORIZON, N_GROUPS,
     )  # fmt: skip
@@ -131,14 +131,14 @@ def summarize_slots(
     n, b = len(slots), layout.bookkeeping
     if n > 0:
         with LAUNCH:
-            _summarize[(triton.cdiv(n, _SLOTS),)](
+            _summarize[(triton.cdiv(n, SLOTS),)](
                 *arrays, rows, slots, out, tables.skip, tables.tail, tables.eps_scale, tables.eps,
                 tables.history.step, n, out.shape[1],
                 SCALE=layout.columns["scales"].start, OPACITY=layout.columns["opacities"].start,
                 STAMP=b["stamp"], GRAD2D=b["grad2d"], COUNT=b["count"],
                 MAX_RADIUS=b["max_radius"], SCALES=_SCALES, OPACITIES=_OPACITIES,
                 HORIZON=tables.history.horizon, N_GROUPS=tables.skip.shape[1], WIDTH=layout.width,
-                SLOTS=_SLOTS,
+                SLOTS=SLOTS,
             )  # fmt: skip
     wait(mark_current(slots.device))
 
@@ -150,10 +150,10 @@ def limit_slots(
     n = len(slots)
     if n > 0:
         with LAUNCH:
-            _limit[(triton.cdiv(n, _SLOTS),)](
+            _limit[(triton.cdiv(n, SLOTS),)](
                 *arrays, slots, tables.skip, tables.tail, tables.eps_scale, tables.eps,
                 tables.history.step, n, most,
                 OPACITY=layout.columns["opacities"].start, STAMP=layout.bookkeeping["stamp"],
                 OPACITIES=_OPACITIES, HORIZON=tables.history.horizon,
-                N_GROUPS=tables.skip.shape[1], WIDTH=layout.width, SLOTS=_SLOTS,
+                N_GROUPS=tables.skip.shape[1], WIDTH=layout.width, SLOTS=SLOTS,
             )  # fmt: skip

@@ -31,7 +31,7 @@ class DeviceTables:
         tail: [steps, 8] float32, S(s, s + K).
         eps_scale: [steps] float32.
         decay: [K + 1, 2] float32, beta1^k and beta2^k.
-        noise: [steps] float64, see :meth:`.AdamHistory.noise_sums`; [1] if there is no noise.
+        noise: [steps] float64, see :meth:`.AdamHistory.noise_sums`; None if there is no noise.
         group, eps, reach: [width] per column; group is int32.
     """
 
@@ -55,8 +55,9 @@ class DeviceTables:
         self.tail[: len(known), : len(GROUPS)] = self._upload(known)
         self.eps_scale = self._upload(self.history.eps_factors(steps))
         self.skip = self._upload(self._padded(self.history.skip))
-        noisy = self.history.noise is not None
-        self.noise = self._upload(self.history.noise_sums(steps) if noisy else np.zeros(1))
+        self.noise: Tensor | None = None
+        if self.history.noise is not None:
+            self.noise = self._upload(self.history.noise_sums(steps))
 
     def foresee(self, lrs: np.ndarray) -> None:
         """Take the memory that :meth:`record` needs when a step with these learning rates is done.
@@ -82,7 +83,7 @@ class DeviceTables:
         self._note_noise()
 
     def _note_noise(self) -> None:
-        if self.history.noise is not None:
+        if self.noise is not None:
             self.noise[self.history.step].fill_(self.history.noise_now)
 
     def rebound(self) -> None:
@@ -93,7 +94,6 @@ class DeviceTables:
     def adam_step(self, lrs: np.ndarray) -> dict[str, Any]:
         """What ordinary Adam needs for step t + 1: arguments of ``settle_and_step_rows``."""
         beta1, beta2, t = self.history.beta1, self.history.beta2, self.history.step + 1
-        noise = self.history.noise
         step_sizes = np.zeros(GROUP_STRIDE, dtype=np.float32)
         step_sizes[: len(GROUPS)] = lrs / (1 - beta1**t)
         return {
@@ -102,8 +102,6 @@ class DeviceTables:
             "beta2": beta2,
             "one_minus_beta2": 1 - beta2,
             "inv_sqrt_bias2": 1 / math.sqrt(1 - beta2**t),
-            "own_noise": math.sqrt(noise.variance(lrs)) if noise is not None else 0.0,
-            "noise_room": self.history.noise_room,
         }
 
     def skipped_steps(self) -> dict[str, Any]:
@@ -117,8 +115,6 @@ class DeviceTables:
             "decay": self.decay,
             "log2_beta1": math.log2(self.history.beta1) if self.history.beta1 > 0 else -1e4,
             "log2_beta2": math.log2(self.history.beta2),
-            "noise": self.noise,
-            "NOISE": self.history.noise is not None,
             "step": self.history.step,
             "HORIZON": self.history.horizon,
             "GROUPS": GROUP_STRIDE,

@@ -122,6 +122,7 @@ def test_noise(accesses: dict[str, int]) -> None:
     engine.settle()
     assert len(engine.store) == int(1.05 * int(1.05 * ROWS))
     assert set(accesses) >= {"exchange_rows", "gather_leaves", "settle_and_step_rows"}
+    assert min(accesses[name] for name in ("_draw", "_step")) > 1000
 
 
 @pytest.mark.parametrize("size", [(11, 11), (37, 53), (129, 200)])
