@@ -81,7 +81,8 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     vram_budget_gb: float | None = None
     """GPU memory, in 10^9 bytes, that training may take in all: the larger, the fewer Gaussians
     cross the link at each step with the resident engine. Views for which it is too small are drawn
-    in parts. Unset, or more than that: 90 % of what is free."""
+    in parts. Unset, or more than that: 90 % of what is free. The viewer can change it while
+    training."""
 
 
 class GSScaleModel(SplatfactoModel):

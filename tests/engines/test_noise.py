@@ -165,7 +165,7 @@ def test_rows_that_come_and_go_move_as_dense_ones(device):
         if step == 7:
             engine.rows_changed()
         missed += len(working)
-    assert engine._caching and engine.counters["rows_missed"] > 1500
+    assert engine._fitted is not None and engine.counters["rows_missed"] > 1500
     engine.settle()
     moved = engine.store.column("means") - first
     g = 1 / (1 + math.exp(100 * (1 / (1 + math.exp(5.0)) - 0.005)))
