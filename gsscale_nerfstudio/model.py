@@ -42,6 +42,7 @@ from gsscale_nerfstudio.monitor import Monitor
 from gsscale_nerfstudio.out_of_memory import no_room_left, retried
 from gsscale_nerfstudio.parts import Picture, draw_in_parts, draw_windows
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
+from gsscale_nerfstudio.regularization import penalties, term_names
 from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.gauss_params import GaussParams
@@ -423,46 +424,18 @@ class GSScaleModel(SplatfactoModel):
         return losses
 
     def _penalties_of_the_view(self) -> dict[str, Tensor]:
-        """Regularizations, on the rows of the view.
-
-        splatfacto averages over all Gaussians; ours have the same weight per Gaussian, but those
-        outside of the view are left alone.
-        """
-        working = self.engine.current
-        in_parts, self._penalties_in_parts = self._penalties_in_parts, None
+        """Regularizations, on the rows of the view."""
+        working, names = self.engine.current, term_names(self.config)
+        values, self._penalties_in_parts = self._penalties_in_parts, None
         if isinstance(working, WorkingSet):
-            return self.penalties(working.leaves)
-        nothing = {
-            name: torch.zeros(0, *shape, device=self.device)
-            for name, shape in self.engine.store.layout.shapes.items()
-        }
-        terms = self.penalties(nothing)
-        if in_parts is None:
-            return terms
-        return dict(zip(terms, in_parts.unbind(), strict=True))
+            values = self.penalties(working.leaves)
+        elif values is None:
+            values = torch.zeros(len(names), device=self.device)
+        return dict(zip(names, values.unbind(), strict=True))
 
-    def penalties(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The regularizations' shares of rows with these leaves [m, ...]; the same terms always."""
-        config, n = self.config, max(1, self.num_points)
-        terms = {"scale_reg": self._needles(leaves["scales"], n)}
-        if config.strategy == "mcmc":
-            opacities, scales = leaves["opacities"], leaves["scales"]
-            if config.mcmc_opacity_reg > 0:
-                share = torch.sigmoid(opacities).sum() / n
-                terms["mcmc_opacity_reg"] = config.mcmc_opacity_reg * share
-            if config.mcmc_scale_reg > 0:
-                share = torch.exp(scales).sum() / (3 * n)
-                terms["mcmc_scale_reg"] = config.mcmc_scale_reg * share
-        return terms
-
-    def _needles(self, scales: Tensor, n: int) -> Tensor:
-        """PhysGaussian's penalty of needles with log-scales [m, 3]; 0 at most steps."""
-        if not (self.config.use_scale_regularization and self.step % 10 == 0):
-            return torch.zeros((), device=self.device)
-        scales = torch.exp(scales)
-        ratio = scales.amax(dim=-1) / scales.amin(dim=-1)
-        excess = torch.clamp_min(ratio - self.config.max_gauss_ratio, 0.0)
-        return 0.1 * excess.sum() / n
+    def penalties(self, leaves: Mapping[str, Tensor]) -> Tensor:
+        """See :func:`.regularization.penalties`."""
+        return penalties(self.config, self.step, max(1, self.num_points), leaves)
 
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]

@@ -39,8 +39,8 @@ class Drawer(Protocol):
     ) -> tuple[WorkingSet, Rendering]:
         """Bring a part's rows and draw its window."""
 
-    def penalties(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Terms of the loss that are sums over rows, of these leaves."""
+    def penalties(self, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Terms [k] of the loss that are sums over rows, of these leaves."""
 
 
 def draw_windows(
@@ -102,7 +102,7 @@ class _Canvas:
 def _penalties(drawer: Drawer, working: WorkingSet, first: Tensor) -> Tensor:
     """[k], of the rows that no earlier part has had."""
     leaves = {name: leaf[first] for name, leaf in working.leaves.items()}
-    return torch.stack(list(drawer.penalties(leaves).values()))
+    return drawer.penalties(leaves)
 
 
 class _Seen:

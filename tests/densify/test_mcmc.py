@@ -17,6 +17,7 @@ from gsscale_nerfstudio.densify import RowMCMCStrategy, chunks, mcmc
 from gsscale_nerfstudio.densify.relocation import share_out
 from gsscale_nerfstudio.densify.sampling import draw_rows
 from gsscale_nerfstudio.optim import MeanNoise
+from gsscale_nerfstudio.regularization import term_names
 from gsscale_nerfstudio.store import GROUPS, HostStore, host
 from tests.densify.test_strategy import LAYOUT, as_gsplat, engine_of, random_store
 from tests.model.test_bad_input import ends_with_a_sentence
@@ -329,13 +330,14 @@ def test_penalties_have_the_weight_of_dense_ones(scene, tmp_path):
     opacities, scales = model.opacities.clone(), model.scales.clone()
     every = {"opacities": opacities, "scales": scales}
     of_all = model.penalties(every)
-    torch.testing.assert_close(of_all["mcmc_opacity_reg"], 0.01 * torch.sigmoid(opacities).mean())
-    torch.testing.assert_close(of_all["mcmc_scale_reg"], 0.01 * torch.exp(scales).mean())
+    named = dict(zip(term_names(model.config), of_all, strict=True))
+    torch.testing.assert_close(named["mcmc_opacity_reg"], 0.01 * torch.sigmoid(opacities).mean())
+    torch.testing.assert_close(named["mcmc_scale_reg"], 0.01 * torch.exp(scales).mean())
     halves = [model.penalties({k: v[part] for k, v in every.items()}) for part in PARTS]
-    for name, whole in of_all.items():
-        torch.testing.assert_close(halves[0][name] + halves[1][name], whole)
+    torch.testing.assert_close(halves[0] + halves[1], of_all)
     model.config.mcmc_opacity_reg = 0.0
-    assert "mcmc_opacity_reg" not in model.penalties(every)
+    assert term_names(model.config) == ("scale_reg", "mcmc_scale_reg")
+    assert len(model.penalties(every)) == 2
 
 
 PARTS = (slice(0, 100), slice(100, None))
