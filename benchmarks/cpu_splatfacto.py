@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-METHODS = ("splatfacto", "splatfacto-big")
+METHODS = ("splatfacto", "splatfacto-big", "splatfacto-mcmc")
 
 
 class _ScreenGradients:
@@ -89,9 +89,30 @@ def rasterization(
     return image[None], drawn.alpha[None], info
 
 
+def relocation(
+    opacities: Tensor, scales: Tensor, ratios: Tensor, binoms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``gsplat.relocation.compute_relocation``, by gsscale's formula."""
+    from gsscale_nerfstudio.densify.relocation import share_out
+    from gsscale_nerfstudio.store import RowLayout
+
+    layout = RowLayout(0)
+    rows = torch.zeros(len(opacities), layout.width)
+    rows[:, layout.columns["opacities"]] = torch.logit(opacities).view(-1, 1)
+    rows[:, layout.columns["scales"]] = torch.log(scales)
+    share_out(rows, ratios, layout, min_opacity=0.0)
+    shared = rows[:, layout.columns["opacities"]].view_as(opacities)
+    return torch.sigmoid(shared), torch.exp(rows[:, layout.columns["scales"]])
+
+
 def let_it_run() -> None:
-    """Change splatfacto in this process, for good."""
+    """Change splatfacto, and gsplat's MCMCStrategy, in this process, for good."""
+    from gsplat.cuda import _torch_impl
+    from gsplat.strategy import ops
     from nerfstudio.models import splatfacto
+
+    ops.compute_relocation = lambda **given: relocation(**given)
+    ops.quat_scale_to_covar_preci = _torch_impl._quat_scale_to_covar_preci
 
     splatfacto.rasterization = rasterization
     # It moves intrinsics and seed colours to a GPU, whatever the device.
