@@ -79,9 +79,11 @@ def test_relocation_and_growth_give_gsplats_rows(seed, monkeypatch, capsys):
     n = len(store)
     dead = torch.sigmoid(params["opacities"][:, 0]) <= MIN_OPACITY
     chosen: list[Tensor] = []
+    weighed: list[Tensor] = []
 
-    def remember(*args: Any) -> Tensor:
-        chosen.append(draw_rows(*args))
+    def remember(weights: Any, n: int, count: int) -> Tensor:
+        weighed.append(weights(slice(0, n)))
+        chosen.append(draw_rows(weights, n, count))
         return chosen[-1]
 
     monkeypatch.setattr(mcmc, "draw_rows", remember)
@@ -95,7 +97,10 @@ def test_relocation_and_growth_give_gsplats_rows(seed, monkeypatch, capsys):
     monkeypatch.setattr("gsplat.strategy.ops.compute_relocation", formula)
     gsplat = MCMCStrategy()
     binoms = gsplat.initialize_state()["binoms"]
+    opacities = torch.sigmoid(params["opacities"][:, 0].detach())
+    torch.testing.assert_close(weighed[0], opacities.masked_fill(dead, 0))
     relocated = gsplat._relocate_gs(params, optimizers, binoms)
+    torch.testing.assert_close(weighed[1], torch.sigmoid(params["opacities"][:, 0].detach()))
     # Ours go on without the moments of the place that they left.
     for name in GROUPS:
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -144,8 +149,11 @@ def test_the_last_draw_stays_inside(monkeypatch):
     monkeypatch.setattr(chunks, "_CHUNK", 3)
     highest = torch.nextafter(torch.ones(4, dtype=torch.float64), torch.zeros(4).double())
     monkeypatch.setattr(torch, "rand", lambda *a, **k: highest.clone())
-    weights = torch.tensor([0.3, 1e7, 0.1, 0.7, 1e-9, 0.0, 0.0])
-    assert draw_rows(lambda rows: weights[rows], 7, 4).tolist() == [4] * 4
+    for _ in range(300):
+        weights = torch.empty(9).uniform_() * 10.0 ** torch.randint(-9, 8, (9,))
+        weights[-3:] = 0
+        drawn = draw_rows(lambda rows, weights=weights: weights[rows], 9, 4)
+        assert (weights[drawn] > 0).all()
 
 
 def test_relocated_rows_are_bounded_and_keep_no_moments(monkeypatch):
