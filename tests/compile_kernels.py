@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gsscale_nerfstudio.engines import kernels, noise_kernels, slot_kernels, staging_kernels
-from gsscale_nerfstudio.loss import fused
+from gsscale_nerfstudio.loss import FUSED, fused
 from gsscale_nerfstudio.rasterize import tile_lists
 
 POINTERS = {
@@ -79,11 +79,14 @@ KERNELS = [
     (staging_kernels.unpack_rows, {**ROWS, "SCATTER": True}),
     (slot_kernels._summarize, SLOTS),
     (slot_kernels._limit, SLOTS),
-    (fused._forward_kernel, {**LOSS, "STORE_MAPS": True}),
-    (fused._backward_kernel, LOSS),
     (tile_lists._count_tiles, TILES),
     (tile_lists._list_tiles, {**TILES, "RADII": 2}),
 ]
+if FUSED:
+    KERNELS += [
+        (fused._forward_kernel, {**LOSS, "STORE_MAPS": True}),
+        (fused._backward_kernel, LOSS),
+    ]
 
 
 def type_of(name: str, kernel: Any) -> str:
@@ -106,12 +109,12 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], capability: int) -> i
     signature = {
         name: "constexpr" if name in constants else type_of(name, kernel) for name in names
     }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={},
-    )
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        of = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=of)
+    else:  # Triton up to 3.1, of PyTorch up to 2.5
+        others = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        source = ASTSource(fn=kernel, signature=others, constants=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     return len(compiled.asm["cubin"])
 

@@ -11,9 +11,10 @@ from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.rates import Rates
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.loss import FUSED
 from gsscale_nerfstudio.store import RowLayout
 
-_PIXEL_BYTES = 130
+_PIXEL_BYTES = 130 if FUSED else 330
 """Per pixel of a view: the rendered and the true image, the loss and its derivatives."""
 
 _VIEW_ROW_BYTES = 700

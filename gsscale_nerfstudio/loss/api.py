@@ -1,10 +1,27 @@
-"""One call for the loss of a view: Triton kernels on CUDA, the reference elsewhere."""
+"""One call for the loss of a view: Triton kernels on CUDA, the reference elsewhere.
+
+The reference takes more time and memory; gradients and values are the same.
+"""
 
 from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
 
 from .reference import WINDOW_SIZE, photometric_loss_reference
+
+
+def _triton_version() -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return (0,)
+
+
+FUSED = _triton_version() >= (3, 4)
+"""Whether this Triton compiles the kernels. They keep running sums in tuples and take weights from
+one, which earlier versions (of PyTorch up to 2.7) cannot."""
 
 
 def photometric_loss(render: Tensor, truth: Tensor, ssim_lambda: float) -> Tensor:
@@ -20,7 +37,7 @@ def photometric_loss(render: Tensor, truth: Tensor, ssim_lambda: float) -> Tenso
     Returns:
         A scalar on the images' device.
     """
-    if not render.is_cuda or min(render.shape[:2]) < WINDOW_SIZE:
+    if not (FUSED and render.is_cuda and min(render.shape[:2]) >= WINDOW_SIZE):
         return photometric_loss_reference(render, truth, ssim_lambda)
     # Imported here: a machine without CUDA can do without Triton.
     from .fused import fused_photometric_loss

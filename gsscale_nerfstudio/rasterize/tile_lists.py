@@ -132,7 +132,8 @@ def _load(
 ):
     """This program's Gaussians: ranks, indices, rows [top, bottom) of the square, and a shape.
 
-    The shape is what :func:`_row_run` needs, see there.
+    The shape is the nine values that :func:`_row_run` needs, see there. Each has a name of its own
+    in every kernel: Triton before 3.3 (PyTorch 2.7) passes no tuples on.
     """
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = rank < n
@@ -193,23 +194,18 @@ def _load(
 
     hidden = (radius_x <= 0.0) | (radius_y <= 0.0) | (regular & (opacity < _FAINT))
     bottom = tl.where(hidden, top, bottom)
-    return (
-        rank,
-        i,
-        top,
-        bottom,
-        (x - slack, x + slack, y, slope, spread, narrowing, tip, first, end),
-    )
+    left = x - slack
+    right = x + slack
+    return rank, i, top, bottom, left, right, y, slope, spread, narrowing, tip, first, end
 
 
 @triton.jit
-def _row_run(row, shape):
+def _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end):
     """First column, and number, of the tiles of a row that a Gaussian's shape touches.
 
     The ellipse, convex, reaches farthest left or right within a band of rows where it does so at
     all, if that is in the band, else at the nearer edge of the band.
     """
-    left, right, y, slope, spread, narrowing, tip, first, end = shape
     upper = row.to(tl.float32) * _TILE + 0.5 - y
     lower = row.to(tl.float32) * _TILE + _LAST_CENTRE - y
     y_left = _clamp(tip, upper, lower)
@@ -240,7 +236,7 @@ def _count_tiles(
     BLOCK: tl.constexpr,
 ):
     """How many tiles each Gaussian touches."""
-    rank, _i, top, bottom, shape = _load(
+    rank, _i, top, bottom, left, right, y, slope, spread, narrowing, tip, first, end = _load(
         order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, BLOCK
     )
     count = tl.zeros([BLOCK], tl.int32)
@@ -248,7 +244,7 @@ def _count_tiles(
     steps = tl.max(bottom - top)
     while step < steps:
         row = top + step
-        _start, length = _row_run(row, shape)
+        _start, length = _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end)
         count += tl.where(row < bottom, length, 0)
         step += 1
     tl.store(counts + rank, count, mask=rank < n)
@@ -271,7 +267,7 @@ def _list_tiles(
     BLOCK: tl.constexpr,
 ):
     """A tile and a Gaussian for each pair of the two, the Gaussians front to back."""
-    rank, i, top, bottom, shape = _load(
+    rank, i, top, bottom, left, right, y, slope, spread, narrowing, tip, first, end = _load(
         order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, BLOCK
     )
     at = tl.load(ends + rank - 1, mask=(rank > 0) & (rank < n), other=0)
@@ -279,7 +275,7 @@ def _list_tiles(
     steps = tl.max(bottom - top)
     while step < steps:
         row = top + step
-        start, length = _row_run(row, shape)
+        start, length = _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end)
         length = tl.where(row < bottom, length, 0)
         column = 0
         longest = tl.max(length)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pytorch_msssim import SSIM
 from torch import Tensor
 
-from gsscale_nerfstudio.loss import photometric_loss
+from gsscale_nerfstudio.loss import api, photometric_loss
 from gsscale_nerfstudio.loss.fused import TILE, fused_photometric_loss
 from gsscale_nerfstudio.loss.reference import photometric_loss_reference
 
@@ -197,6 +197,28 @@ def test_refuses_what_the_kernels_cannot_read() -> None:
     ]:
         with pytest.raises(ValueError, match=reason):
             fused_photometric_loss(render, truth, 0.2)
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says otherwise."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("new_enough", [True, False])
+def test_a_triton_that_cannot_compile_the_kernels_is_not_asked_to(
+    monkeypatch: pytest.MonkeyPatch, new_enough: bool
+) -> None:
+    monkeypatch.setattr(api, "FUSED", new_enough)
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        "gsscale_nerfstudio.loss.fused.fused_photometric_loss",
+        lambda *args: calls.append(args) or splatfactos_loss(*args),
+    )
+    render, truth = torch.rand(2, 12, 20, 3)
+    loss = photometric_loss(render.as_subclass(OnGpu), truth, 0.2)
+    assert len(calls) == new_enough
+    torch.testing.assert_close(loss.as_subclass(Tensor), splatfactos_loss(render, truth, 0.2))
 
 
 @pytest.mark.gpu
