@@ -88,7 +88,7 @@ class GSScaleDatamanager(FullImageDatamanager):
                 "--pipeline.datamanager.max-thread-workers is the number of threads that read "
                 f"images: 1 or more, not {config.max_thread_workers}"
             )
-        with _explained(config.data or config.dataparser.data):
+        with _explained(config.data or config.dataparser.data, RuntimeError):
             super().__init__(config, device=device, **kwargs)
         # Put in order like the later ones, when there are rows.
         self._first_epoch, self.train_unseen_cameras = self.train_unseen_cameras, []
@@ -312,16 +312,27 @@ class Uploads:
 
 
 @contextmanager
-def _explained(data: Any) -> Iterator[None]:
-    """Nerfstudio's parsers stop where the data surprises them; say which data and what to check."""
+def _explained(data: Any, *others: type[Exception]) -> Iterator[None]:
+    """Nerfstudio's parsers stop where the data surprises them; say which data and what to check.
+
+    Args:
+        data: the user's name of the data.
+        others: errors that are the data's, too, as long as nothing is on the GPU.
+    """
+    surprises: tuple[type[Exception], ...] = (AssertionError, LookupError, OSError, TypeError)
+    surprises += (ValueError, *others)
     try:
         yield
-    except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
+    except GSScaleError:
+        raise  # a RuntimeError that explains itself
+    except surprises as error:
         raise GSScaleError(
             f"the data set {data} could not be loaded ({type(error).__name__}: {error}); check "
             "that the folder exists, that it has at least one image with a pose, that its images "
-            "are there, whole, and as large as their cameras say, and that its format is the one "
-            "named on the command line (nerfstudio-data, colmap, blender-data, ...)"
+            "are there, whole, and as large as their cameras say, that its format is the one "
+            "named on the command line (nerfstudio-data, colmap, blender-data, ...), that lists of "
+            "filenames are there for train, val and test alike, and that Nerfstudio knows its "
+            "camera model (for others, `colmap image_undistorter` makes pinholes)"
         ) from error
 
 

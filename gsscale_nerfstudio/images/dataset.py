@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image, JpegImagePlugin
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -21,7 +22,19 @@ class ImageDataset(InputDataset):
 
     Pillow decodes without Python's lock, but copies the pixels to numpy with it, for milliseconds
     in which the training thread stands still. torchvision never holds it, and saves the copy.
+
+    Args:
+        dataparser_outputs: files and cameras.
+        scale_factor: by which images are made smaller; sizes are rounded down.
     """
+
+    def __init__(self, dataparser_outputs: DataparserOutputs, scale_factor: float = 1.0) -> None:
+        super().__init__(dataparser_outputs, scale_factor)
+        # Nerfstudio computes sizes of cameras in float32, of images in float64: 0.7 of 650 pixels
+        # are 454 or 455.
+        for side in ("width", "height"):
+            pixels = getattr(dataparser_outputs.cameras, side).double() * scale_factor
+            setattr(self.cameras, side, pixels.to(torch.int64))
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
         """The pixels of an image, [H, W, 3 or 4] uint8.

@@ -6,7 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.scene_box import SceneBox
 from PIL import Image
 
 from gsscale_nerfstudio.images import ImageDataset, dataset
@@ -120,3 +124,23 @@ def test_another_decoder_is_not_used(tmp_path, monkeypatch):
         finally:
             dataset.same_as_pillow.cache_clear()
         np.testing.assert_array_equal(pixels, expected)
+
+
+def test_a_camera_is_as_large_as_its_image(tmp_path):
+    """Also where 0.7 of 90 is 62.99999999999999 in float64, and 63 in float32."""
+    Image.new("RGB", (90, 80)).save(tmp_path / "a.png")
+    cameras = Cameras(
+        camera_to_worlds=torch.eye(4)[None, :3],
+        fx=50.0,
+        fy=50.0,
+        cx=45.0,
+        cy=40.0,
+        width=90,
+        height=80,
+    )
+    scene_box = SceneBox(torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
+    outputs = DataparserOutputs([tmp_path / "a.png"], cameras, scene_box=scene_box)
+    images = ImageDataset(outputs, 0.7)
+    assert images.get_numpy_image(0).shape == (56, 62, 3)
+    assert (int(images.cameras.height), int(images.cameras.width)) == (56, 62)
+    assert float(images.cameras.fx) == pytest.approx(35)
