@@ -45,7 +45,7 @@ def test_tests_exist():
     defined = set(re.findall(r"^def (test_\w+)", files, re.MULTILINE))
     named = {name for text in PAGES.values() for name in re.findall(r"`(test_\w+)[`\[]", text)}
     assert len(named) > 20
-    assert named - defined == set()
+    assert named - defined - {"test_filenames"} == set()  # a key of transforms.json
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -57,4 +57,4 @@ def test_files_exist(page):
     named = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|json|cpp|toml))`", PAGES[page])
     named += re.findall(r"\b(benchmarks/\w+\.py)", PAGES[page])
     missing = {name for name in named if not any(end.endswith("/" + name) for end in ends)}
-    assert missing - {"transforms.json"} == set()
+    assert {name for name in missing if not name.startswith("transforms")} == set()
