@@ -94,6 +94,7 @@ def train(config: TrainerConfig, steps: int, from_points: bool = False) -> Run:
         _, losses, metrics = trainer.train_iteration(step)
         run_callbacks(trainer, step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         gradients = {k: float(v) for k, v in metrics.items() if k.startswith("Gradients/")}
+        metrics = {k: v for k, v in metrics.items() if not k.startswith("gsscale/")}  # ours alone
         for name, value in {**outputs, **losses, **metrics}.items():
             if value is not None and name not in gradients:
                 others[f"{name} of step {step}"] = torch.as_tensor(value).detach().clone()
