@@ -6,12 +6,16 @@ of images. So a comparison on the CPU tells these apart from everything that a G
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 METHODS = ("splatfacto", "splatfacto-big", "splatfacto-mcmc")
+
+PER_AXIS = tuple(map(int, version("gsplat").split(".")[:2])) >= (1, 5)
+"""Whether gsplat's strategy expects two radii of each Gaussian."""
 
 
 class _ScreenGradients:
@@ -80,7 +84,7 @@ def rasterization(
     image = drawn.rgb if drawn.depth is None else torch.cat([drawn.rgb, drawn.depth], dim=-1)
     info = {
         "means2d": _ScreenGradients(drawn.means2d_node),
-        "radii": drawn.radii[None],
+        "radii": drawn.radii[None, :, None].expand(-1, -1, 2) if PER_AXIS else drawn.radii[None],
         "width": width,
         "height": height,
         "n_cameras": 1,

@@ -31,7 +31,8 @@ def drawn_by_torch(means: Tensor, covars: Tensor, view: View, viewmat: Tensor) -
     radii, *_ = _fully_fused_projection(
         means, covars, viewmat[None], K[None], view.width, view.height, BLUR, view.near, view.far
     )
-    return radii[0] > 0
+    # One radius a row, or, since gsplat 1.5, one for each axis.
+    return (radii.reshape(len(means), -1) > 0).all(dim=1)
 
 
 def drawn_with(radius_of: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -1,0 +1,77 @@
+"""Versions that gsscale is to run with, each set in an environment of its own.
+
+    nox --list
+    nox -s "compatibility(oldest)"
+    nox -s "compatibility(newest)" -- tests/model   # other tests than the quick; -- none: none
+
+    nox -s "compatibility(newest)" -- tests/model   # other tests than the quick; `none`: none
+one. No GPU is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = []  # gigabytes each: only what is asked for
+
+# Not of interest here: what installs without a system library, a compiler or long searches.
+OTHERS = ["nerfstudio==1.1.5", "open3d==0.19.0", "wandb==0.25.0", "fpsample==0.3.3"]
+
+SETS = [
+    nox.param(
+        "3.10",
+        ["torch==2.4.0", "torchvision==0.19.0", "numpy==1.26.4", "gsplat==1.4.0", *OTHERS],
+        id="oldest",
+    ),
+    nox.param(
+        "3.11",
+        ["torch==2.6.0", "torchvision==0.21.0", "numpy==2.2.6", "gsplat==1.5.3", *OTHERS],
+        id="torch-2.6",
+    ),
+    nox.param(
+        "3.12",
+        ["torch==2.8.0", "torchvision==0.23.0", "numpy==1.26.4", "gsplat==1.4.0", *OTHERS],
+        id="torch-2.8",
+    ),
+    nox.param(
+        "3.12",
+        ["torch==2.15.0", "numpy>=2.5", "gsplat==1.5.3", *OTHERS],
+        id="newest",
+    ),
+    # No wheel of fpsample: it is compiled, which takes a Rust compiler. Nor of Open3D 0.19.
+    nox.param(
+        "3.13",
+        ["torch==2.15.0", "numpy>=2.5", "gsplat==1.5.3", "nerfstudio==1.1.5", "wandb==0.25.0"],
+        id="python-3.13",
+    ),
+]
+
+QUICK = [f"tests/{name}" for name in ("store", "cull", "optim", "export", "data")]
+QUICK += ["tests/engines/test_equals_dense.py", "tests/engines/test_kernels_compile.py"]
+QUICK += ["tests/densify", "tests/images/test_dataset.py"]
+QUICK += ["tests/model/test_features.py", "tests/model/test_streamed.py"]
+QUICK += ["tests/model/test_checkpoint.py", "tests/model/test_splatfacto_exchange.py"]
+
+DEMO = ["--device", "cpu", "--steps", "20", "--images", "8", "--points", "300"]
+DEMO += ["--image-size", "64", "48"]
+
+
+@nox.session
+@nox.parametrize("python,versions", SETS)
+def compatibility(session: nox.Session, versions: list[str]) -> None:
+    """A wheel, made from the sdist, trains, evaluates and exports; and the quick tests pass."""
+    folder = Path(session.create_tmp())
+    # Not constraints: Nerfstudio demands gsplat 1.4.0.
+    (folder / "overrides.txt").write_text("\n".join(versions))
+    session.run_install("uv", "build", "--quiet", "--python", "python", "--out-dir", folder, ".")
+    wheel = max(folder.glob("*.whl"), key=lambda file: file.stat().st_mtime)
+    session.install("--overrides", str(folder / "overrides.txt"), f"{wheel}[test]")
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    session.run("ns-train", "gsscale", "--help", silent=True, env=environment)
+    session.run("gsscale-demo", *DEMO, "--output-dir", str(folder / "demo"), env=environment)
+    if session.posargs != ["none"]:
+        session.run("pytest", "-q", *(session.posargs or QUICK), env=environment)
