@@ -1,13 +1,14 @@
 # make demo   train, evaluate and export a small scene, in a fresh virtual environment
 # make docs   the guide, from docs/ into site/; a warning is an error
 # make test   lint, types and tests
+# make compatibility   the oldest versions, in an environment of their own; see noxfile.py
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo docs test test-gpu lint system clean
+.PHONY: demo docs test test-gpu compatibility lint system clean
 
 demo: $(INSTALLED)
 	$(BIN)/gsscale-demo --output-dir demo
@@ -22,6 +23,9 @@ test: lint
 # On a machine with a GPU, in an environment that has this package installed.
 test-gpu:
 	pytest tests -m gpu
+
+compatibility: $(INSTALLED)
+	$(BIN)/nox -s "compatibility(oldest)" -- none
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -50,4 +54,4 @@ system:
 	  echo "Libraries that OpenCV and Open3D need are missing; install them: sudo apt-get install libgl1 libglib2.0-0" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist demo site
+	rm -rf $(VENV) .nox build dist demo site

@@ -2,10 +2,9 @@
 
     nox --list
     nox -s "compatibility(oldest)"
-    nox -s "compatibility(newest)" -- tests/model   # other tests than the quick; -- none: none
-
     nox -s "compatibility(newest)" -- tests/model   # other tests than the quick; `none`: none
-one. No GPU is used.
+
+An environment takes gigabytes, and nothing of it is shared with another one. No GPU is used.
 """
 
 from __future__ import annotations
