@@ -19,7 +19,7 @@ from tests.optim.noisy_rows import (
     NOISE,
     QUAT,
     SCALES,
-    agreeing_draws,
+    check_draws_agree,
     gathered,
     history_of,
     lr_at,
@@ -99,15 +99,13 @@ def test_a_step_has_its_own_noise():
 
 
 def test_whoever_settles_a_row_sees_the_same_draw():
-    agreeing_draws()
+    check_draws_agree()
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_agrees_with_itself(isa):
-    used, mean = run_with_isa([noisy_rows.__file__], isa)
+    (used,) = run_with_isa([noisy_rows.__file__], isa)
     assert used in ("baseline", isa)
-    torch.manual_seed(0)
-    assert float(mean) == pytest.approx(agreeing_draws(), rel=1e-4)
 
 
 def test_a_row_moves_on_as_it_is_looked_at():
