@@ -204,6 +204,7 @@ def measure(args: BigTrainingArgs, console: Console) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gsscale-big-", dir=args.work) as work:
         measured = train(args, Path(work), console)
+        close_writers()
     report = {
         "kind": KIND,
         "scene": scene,
@@ -218,6 +219,16 @@ def measure(args: BigTrainingArgs, console: Console) -> None:
     say(describe_machine(machine), console)
     show(table(report), console)
     console.print(f"written to {escape(str(path))}")
+
+
+def close_writers() -> None:
+    """Let go of TensorBoard's file, which Nerfstudio keeps open as long as the process lives."""
+    from nerfstudio.utils import writer
+
+    for each in writer.EVENT_WRITERS:
+        if isinstance(each, writer.TensorboardWriter):
+            each.tb_writer.close()
+    writer.EVENT_WRITERS.clear()
 
 
 def table(report: dict[str, Any]) -> TextTable:

@@ -10,6 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
+
 from benchmarks.errors import BenchmarkError
 
 ROOT = Path(__file__).resolve().parent.parent
