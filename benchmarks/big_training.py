@@ -203,8 +203,10 @@ def measure(args: BigTrainingArgs, console: Console) -> None:
     machine, commit = machine_info.describe_apart(), machine_info.commit(args.commit)
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gsscale-big-", dir=args.work) as work:
-        measured = train(args, Path(work), console)
-        close_writers()
+        try:
+            measured = train(args, Path(work), console)
+        finally:
+            close_writers()
     report = {
         "kind": KIND,
         "scene": scene,
