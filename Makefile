@@ -18,7 +18,7 @@ docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
 test: lint
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n logical --dist loadfile
 
 # On a machine with a GPU, in an environment that has this package installed.
 test-gpu:
