@@ -1,4 +1,4 @@
-"""The frame of a benchmark's command line."""
+"""The frame of a benchmark's command line, and how it prints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.tables import TextTable
 
 LOG_WIDTH = 200
 """Columns where the output is no terminal: a log can be as wide as the tables."""
@@ -46,6 +48,21 @@ def run(
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     return 1 if isinstance(failed, int) and failed else 0
+
+
+def show(table: TextTable, console: Console) -> None:
+    """Print a table, numbers to the right."""
+    grid = Table()
+    for index, name in enumerate(table.columns):
+        grid.add_column(escape(name), justify="right" if index else "left", overflow="fold")
+    for row in table.rows:
+        grid.add_row(*[escape(cell) for cell in row])
+    console.print(grid)
+
+
+def say(line: str, console: Console) -> None:
+    """Print text as it is."""
+    console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _exit_on_sigterm(signum: int, frame: object) -> None:

@@ -20,11 +20,11 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from benchmarks import cli, overrides, results, tables
 from benchmarks import machine as machine_info
 from benchmarks.children import Files, Outcome, run_all, tail
+from benchmarks.cli import say, show
 from benchmarks.plan import CompareArgs, PlanError, RunSpec
 from benchmarks.results import Comparison, Run
 from benchmarks.scene import dataparser_arguments
@@ -151,16 +151,9 @@ def compare(args: CompareArgs, console: Console, command: Command | None = None)
 def print_tables(comparison: Comparison, console: Console) -> None:
     """Both tables and the failures."""
     console.print(f"{comparison.scene}, {comparison.steps:,} steps", style="bold")
-    console.print(
-        escape(tables.describe_machine(comparison.machine)), highlight=False, soft_wrap=True
-    )
+    say(tables.describe_machine(comparison.machine), console)
     for text in (tables.run_table(comparison), tables.summary_table(comparison)):
-        table = Table()
-        for index, name in enumerate(text.columns):
-            table.add_column(escape(name), justify="right" if index else "left", overflow="fold")
-        for row in text.rows:
-            table.add_row(*[escape(cell) for cell in row])
-        console.print(table)
+        show(text, console)
     for sentence in tables.failures(comparison):
         console.print(f"[bold red]failed[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 

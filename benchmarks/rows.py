@@ -27,9 +27,9 @@ from rich.markup import escape
 
 from benchmarks import cli, results
 from benchmarks import machine as machine_info
+from benchmarks.cli import say, show
 from benchmarks.plan import PlanError
 from benchmarks.scene import dataparser_arguments
-from benchmarks.step_table import say, show
 from benchmarks.tables import TextTable, describe_machine
 
 if TYPE_CHECKING:

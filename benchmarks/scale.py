@@ -24,9 +24,10 @@ from rich.markup import escape
 from benchmarks import cli, results
 from benchmarks import machine as machine_info
 from benchmarks.children import Outcome, run_all
+from benchmarks.cli import say, show
 from benchmarks.plan import PlanError
 from benchmarks.step import Command, StepArgs, child_command
-from benchmarks.step_table import gb, say, show, text
+from benchmarks.step_table import gb, text
 from benchmarks.tables import MISSING, TextTable, describe_machine
 
 KIND = "scale"

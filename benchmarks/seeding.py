@@ -28,9 +28,9 @@ from rich.markup import escape
 
 from benchmarks import cli, results
 from benchmarks import machine as machine_info
+from benchmarks.cli import say, show
 from benchmarks.host_memory import forget_peak, peak_host_bytes
 from benchmarks.plan import PlanError
-from benchmarks.step_table import say, show
 from benchmarks.tables import TextTable, describe_machine
 from gsscale_nerfstudio.seeding import neighbour_tree, place_rows, size_rows
 from gsscale_nerfstudio.store import HostStore, RowLayout

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +13,7 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
 
 import tyro
 
+from benchmarks import child
 from benchmarks.progress import ProgressFile
 
 GSPLAT = "gsplat"
@@ -114,19 +112,8 @@ def run(args: ChildArgs, output_dir: Path) -> dict[str, Any]:
 
 
 def main(args: ChildArgs) -> int:
-    """Measure, write the result file, print it as one line. Returns the exit status."""
-    with tempfile.TemporaryDirectory(prefix="gsscale-step-") as output_dir:
-        try:
-            result = run(args, Path(output_dir))
-        except Exception as error:
-            traceback.print_exc()
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            result = {"error": f"{type(error).__name__}: {first_line}"}
-    line = json.dumps(result, allow_nan=False)
-    if args.result is not None:
-        args.result.write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
-    return 1 if "error" in result else 0
+    """Measure and report. Returns the exit status."""
+    return child.report(lambda folder: run(args, folder), args.result)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""The tables of ``step.py`` and how they and those of ``rows.py`` are printed."""
+"""The tables of ``step.py``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from benchmarks.cli import say, show
 from benchmarks.plan import BASELINE
 from benchmarks.tables import MISSING, TextTable, describe_machine
 
@@ -103,21 +102,6 @@ def show_report(report: dict[str, Any], console: Console) -> None:
     for run in report["runs"]:
         if "error" in run:
             say(f"failed: {run['method']}: {run['error']}", console)
-
-
-def show(table: TextTable, console: Console) -> None:
-    """Print a table, numbers to the right."""
-    grid = Table()
-    for index, name in enumerate(table.columns):
-        grid.add_column(escape(name), justify="right" if index else "left", overflow="fold")
-    for row in table.rows:
-        grid.add_row(*[escape(cell) for cell in row])
-    console.print(grid)
-
-
-def say(line: str, console: Console) -> None:
-    """Print text as it is."""
-    console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def text(value: float | None, form: str) -> str:

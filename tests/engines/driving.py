@@ -78,13 +78,15 @@ def make_engine(
     return ResidentEngine(store, torch.device(device), FixedBudget(cache_rows))
 
 
-def make_optimizers(parameters: dict[str, list], deferred: bool, steps: int) -> tuple[dict, dict]:
+def make_optimizers(
+    parameters: dict[str, list], deferred: bool, steps: int, eps: float = 1e-15
+) -> tuple[dict, dict]:
     optimizers, schedulers = {}, {}
     for name in GROUPS:
         if deferred:
-            optimizers[name] = DeferredAdamConfig(lr=LR[name], eps=1e-15).setup(parameters[name])
+            optimizers[name] = DeferredAdamConfig(lr=LR[name], eps=eps).setup(parameters[name])
         else:
-            optimizers[name] = torch.optim.Adam(parameters[name], lr=LR[name], eps=1e-15)
+            optimizers[name] = torch.optim.Adam(parameters[name], lr=LR[name], eps=eps)
         final = LR[name] / 100 if name in ("means", "opacities") else LR[name]
         config = ExponentialDecaySchedulerConfig(lr_final=final, max_steps=steps)
         schedulers[name] = config.setup().get_scheduler(optimizers[name], lr_init=LR[name])

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines import Engine, HostEngine, WorkingSet
-from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
-from tests.engines.driving import colors_of
+from tests.engines.driving import (
+    DEVICES,
+    LR,
+    colors_of,
+    largest_errors,
+    make_optimizers,
+    random_rows,
+    ring_of_views,
+)
 
 STEPS = 200
-SIZE = (64, 48)
-LR = {
-    "means": 1.6e-4,
-    "scales": 0.005,
-    "quats": 0.001,
-    "opacities": 0.05,
-    "features_dc": 0.0025,
-    "features_rest": 0.0025 / 20,
-}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def ring_of_views(count: int = 12) -> list[View]:
-    """Cameras inside of the cloud, looking outwards: each sees a part of it."""
-    views = []
-    for i in range(count):
-        angle = 2 * math.pi * i / count
-        c, s = math.cos(angle), math.sin(angle)
-        viewmat = np.eye(4)
-        viewmat[:3, :3] = [[c, 0, -s], [0, 1, 0], [s, 0, c]]
-        viewmat[:3, 3] = [0, 0, 0.3]
-        K = np.array([[60.0, 0, SIZE[0] / 2], [0, 60.0, SIZE[1] / 2], [0, 0, 1]])
-        views.append(View(viewmat, K, *SIZE))
-    return views
-
-
-def random_rows(n: int, layout: RowLayout) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    values = {
-        name: 0.3 * torch.randn(n, *shape, generator=generator)
-        for name, shape in layout.shapes.items()
-    }
-    values["means"] = 4 * (torch.rand(n, 3, generator=generator) - 0.5)
-    values["scales"] = torch.log(0.02 + 0.1 * torch.rand(n, 3, generator=generator))
-    return values
 
 
 def draw(values: dict[str, Tensor] | WorkingSet, view: View) -> Rendering:
@@ -82,24 +51,11 @@ def loss_of(rendering: Rendering, target: Tensor) -> Tensor:
     return ((rendering.rgb - target) ** 2).mean()
 
 
-def make_optimizers(parameters: dict[str, list], deferred: bool, eps: float) -> tuple[dict, dict]:
-    optimizers, schedulers = {}, {}
-    for name in GROUPS:
-        if deferred:
-            optimizers[name] = DeferredAdamConfig(lr=LR[name], eps=eps).setup(parameters[name])
-        else:
-            optimizers[name] = torch.optim.Adam(parameters[name], lr=LR[name], eps=eps)
-        final = LR[name] / 100 if name in ("means", "opacities") else LR[name]
-        config = ExponentialDecaySchedulerConfig(lr_final=final, max_steps=STEPS)
-        schedulers[name] = config.setup().get_scheduler(optimizers[name], lr_init=LR[name])
-    return optimizers, schedulers
-
-
 def train_dense(
     values: dict[str, Tensor], targets: list[Tensor], eps: float, steps: int = STEPS
 ) -> dict[str, Tensor]:
     leaves = {name: torch.nn.Parameter(v.clone()) for name, v in values.items()}
-    optimizers, schedulers = make_optimizers({n: [p] for n, p in leaves.items()}, False, eps)
+    optimizers, schedulers = make_optimizers({n: [p] for n, p in leaves.items()}, False, STEPS, eps)
     views = ring_of_views()
     for step in range(steps):
         i = (step * 5) % len(views)
@@ -115,7 +71,7 @@ def train_dense(
 def train_rows(
     engine: Engine, targets: list[Tensor], eps: float, steps: int = STEPS, interrupt=None
 ) -> None:
-    optimizers, schedulers = make_optimizers(engine.parameters(), True, eps)
+    optimizers, schedulers = make_optimizers(engine.parameters(), True, STEPS, eps)
     views = ring_of_views()
     for step in range(steps):
         i = (step * 5) % len(views)
@@ -149,13 +105,6 @@ def scene(n: int, layout: RowLayout) -> tuple[dict[str, Tensor], list[Tensor]]:
         name: v + 0.05 * torch.randn(v.shape, generator=generator) for name, v in truth.items()
     }
     return start, targets
-
-
-def largest_errors(store: HostStore, dense: dict[str, Tensor]) -> dict[str, float]:
-    return {
-        name: float((store.column(name) - dense[name]).abs().max() / dense[name].abs().max())
-        for name in GROUPS
-    }
 
 
 def test_two_hundred_steps_equal_dense_adam():
@@ -242,7 +191,7 @@ def test_a_view_that_sees_nothing_trains(device):
     values = random_rows(50, layout)
     values["means"][:, 2] = -abs(values["means"][:, 2]) - 5
     engine = make_engine(values, layout, device)
-    optimizers, _ = make_optimizers(engine.parameters(), True, 1e-15)
+    optimizers, _ = make_optimizers(engine.parameters(), True, STEPS)
     working = engine.begin(ring_of_views()[0])
     assert len(working) == 0
     loss_of(draw(working, ring_of_views()[0]), torch.rand(3).to(device)).backward()
@@ -256,7 +205,7 @@ def test_a_view_that_sees_nothing_trains(device):
 def test_a_missing_optimizer_step_is_noticed():
     layout = RowLayout(1)
     engine = make_engine(random_rows(50, layout), layout, "cpu")
-    optimizers, _ = make_optimizers(engine.parameters(), True, 1e-15)
+    optimizers, _ = make_optimizers(engine.parameters(), True, STEPS)
     view = ring_of_views()[0]
     working = engine.begin(view)
     loss_of(draw(working, view), torch.rand(3)).backward()
@@ -270,7 +219,7 @@ def test_a_rising_learning_rate_keeps_the_culler_conservative(monkeypatch):
     layout = RowLayout(1)
     values, targets = scene(150, layout)
     engine = make_engine(values, layout, "cpu")
-    optimizers, _ = make_optimizers(engine.parameters(), True, 1e-15)
+    optimizers, _ = make_optimizers(engine.parameters(), True, STEPS)
     refreshed = []
     refresh = engine.refresh_bounds
     monkeypatch.setattr(engine, "refresh_bounds", lambda: refreshed.append(1) or refresh())
