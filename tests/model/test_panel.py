@@ -111,9 +111,10 @@ def test_it_is_kept_up_to_date_while_somebody_looks(trainer, server, monkeypatch
     assert contents(panel) == before
     watched.set()
     deadline = time.monotonic() + 60
-    while "training" not in contents(panel)[0] and time.monotonic() < deadline:
+    told, plan = "", ""
+    while not ("training" in told and plan) and time.monotonic() < deadline:
         time.sleep(0.01)
-    told, plan = contents(panel)
+        told, plan = contents(panel)  # one is written after the other
     assert "visible, training" in cells(told)
     assert "**host memory**" in plan and "GPU" not in plan
 
