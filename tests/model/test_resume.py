@@ -127,7 +127,7 @@ def test_a_save_leaves_the_engine_where_loading_starts_it(scene, tmp_path):
     n = len(after.store)
     assert n == len(before.store) and before.step_count == after.step_count == STOP
     for engine in (before, after):
-        engine.store.bookkeeping("key").zero_()  # what is without noise never read
+        engine.store.bookkeeping("key").zero_()  # never read where there is no noise
     for name in ("spheres", "params", "exp_avg", "exp_avg_sq"):
         assert torch.equal(getattr(before.store, name)[:n], getattr(after.store, name)[:n]), name
     assert before.store.unsorted_share == after.store.unsorted_share
