@@ -117,7 +117,7 @@ def test_images_are_there_before_they_are_asked_for():
             time.sleep(1e-3)
 
     epochs(images, 3, each_step=slow_step)
-    assert images.waits == 1  # of 150; the first can't be there
+    assert images.waits <= 1  # of 150; the first is seldom there
     slow = DiskImages(shelf.read, shelf.sizes, budget=2000, threads=1)
     epochs(slow, 1)
     assert slow.waits > 10
