@@ -15,6 +15,7 @@ import torch
 from triton.runtime import interpreter
 
 from gsscale_nerfstudio.densify import RowMCMCStrategy, RowStrategy
+from gsscale_nerfstudio.engines import Engine
 from gsscale_nerfstudio.loss.fused import fused_photometric_loss
 from gsscale_nerfstudio.rasterize.tile_lists import tile_lists
 from gsscale_nerfstudio.store import RowLayout
@@ -75,6 +76,18 @@ def accesses(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return touched
 
 
+def train_and_refine(engine: Engine, strategy: RowStrategy | RowMCMCStrategy) -> None:
+    """Some steps, with a render before each of them, and two refinements."""
+    views = ring_of_views()
+    drive(
+        engine,
+        22,
+        before_step=lambda step: engine.fetch(views[step % len(views)]) and None,
+        after_step=lambda step: strategy.refine(engine, step),
+    )
+    engine.settle()
+
+
 @pytest.mark.parametrize("room", [1.5, None])
 def test_engines(accesses: dict[str, int], room: float | None) -> None:
     """Rows come, go, are stepped, edited, reset and rendered, by either engine."""
@@ -91,14 +104,7 @@ def test_engines(accesses: dict[str, int], room: float | None) -> None:
         prune_opa=0.4,
         verbose=False,
     )
-    views = ring_of_views()
-    drive(
-        engine,
-        22,
-        before_step=lambda step: engine.fetch(views[step % len(views)]) and None,
-        after_step=lambda step: strategy.refine(engine, step),
-    )
-    engine.settle()
+    train_and_refine(engine, strategy)
     expected = {"exchange_rows", "gather_leaves", "settle_and_step_rows", "_summarize", "_limit"}
     assert set(accesses) >= (expected if slots else {"unpack_rows", "pack_gradients"})
     assert min(accesses.values()) > 1000
@@ -112,14 +118,7 @@ def test_noise(accesses: dict[str, int]) -> None:
         refine_start_iter=5, refine_every=10, noise_lr=100.0, min_opacity=0.45
     )
     engine.noise = strategy.noise
-    views = ring_of_views()
-    drive(
-        engine,
-        22,
-        before_step=lambda step: engine.fetch(views[step % len(views)]) and None,
-        after_step=lambda step: strategy.refine(engine, step),
-    )
-    engine.settle()
+    train_and_refine(engine, strategy)
     assert len(engine.store) == int(1.05 * int(1.05 * ROWS))
     assert set(accesses) >= {"exchange_rows", "gather_leaves", "settle_and_step_rows"}
     assert min(accesses[name] for name in ("_draw", "_step")) > 1000
