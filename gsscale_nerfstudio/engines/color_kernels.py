@@ -127,8 +127,8 @@ def store_colors(
 ):
     """Write the colours that settled rows ``w`` [ROWS, COLUMNS] have from a position.
 
-    To places ``out`` of ``colors`` [n, 3] and, if SLOPES, of ``slopes`` [3, n, 3]: the derivative
-    of each channel before it is clamped with respect to the mean. Means are a row's first columns.
+    To places ``out`` of ``colors`` [n, 3], not clamped, and, if SLOPES, of ``slopes`` [3, n, 3]:
+    the derivative of each channel with respect to the mean. Means are a row's first columns.
     """
     x = tl.sum(tl.where(column == 0, w, 0.0), 1) - tl.load(position)
     y = tl.sum(tl.where(column == 1, w, 0.0), 1) - tl.load(position + 1)
@@ -142,7 +142,7 @@ def store_colors(
         c = tl.where(channel_of == channel, w, 0.0)
         color = tl.sum(c * basis, 1)
         if DEGREE > 0:
-            color = tl.maximum(color + 0.5, 0.0)
+            color += 0.5
         tl.store(colors + 3 * out + channel, color, mask=live)
         if SLOPES:
             t_x = tl.sum(c * basis_x, 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_bases, sh_colors
+from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_bases, unclamped_sh_colors
 from gsscale_nerfstudio.store import RowLayout
 
 
@@ -53,7 +53,7 @@ class Arrived:
     """What the backward pass leaves behind.
 
     Attributes:
-        gradient: [n, 3], of colours before clamping.
+        gradient: [n, 3], of colours before they are clamped.
     """
 
     gradient: Tensor | None = None
@@ -82,21 +82,30 @@ class Colors:
 
 
 def connect(
-    values: Tensor, slopes: Tensor | None, means: Tensor, viewpoint: Viewpoint, clamped: bool
+    values: Tensor, slopes: Tensor | None, means: Tensor, viewpoint: Viewpoint, layout: RowLayout
 ) -> Colors:
     """Make evaluated colours part of the graph.
 
     Args:
-        values: [n, 3].
+        values: [n, 3], not clamped.
         slopes: [3, n, 3], derivative of each channel with respect to the mean; None where colours
             do not depend on it.
         means: [n, 3], the leaf.
         viewpoint: of the colours.
-        clamped: whether ``values`` are 0 where they would be negative.
+        layout: of the rows.
     """
     arrived = Arrived()
-    values = _Connect.apply(means, viewpoint.position, values, slopes, arrived, clamped)
-    return Colors(values, viewpoint, arrived)
+    values = _Connect.apply(means, viewpoint.position, values, slopes, arrived)
+    return Colors(clamped(values, layout), viewpoint, arrived)
+
+
+def clamped(values: Tensor, layout: RowLayout) -> Tensor:
+    """Colours as they are drawn: none is negative, unless they are logits.
+
+    By torch, as in gsplat: its gradient passes where a colour is 0 by itself. The Gaussians of a
+    black point begin so, and must not stay black for good.
+    """
+    return values.clamp_min(0.0) if layout.sh_degree > 0 else values
 
 
 class _Connect(torch.autograd.Function):
@@ -110,18 +119,15 @@ class _Connect(torch.autograd.Function):
         values: Tensor,
         slopes: Tensor | None,
         arrived: Arrived,
-        clamped: bool,
     ) -> Tensor:
-        ctx.save_for_backward(values, slopes)
-        ctx.arrived, ctx.clamped = arrived, clamped
+        ctx.save_for_backward(slopes)
+        ctx.arrived = arrived
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, slopes = ctx.saved_tensors
+        (slopes,) = ctx.saved_tensors
         (gradient,) = gradients
-        if ctx.clamped:
-            gradient = gradient * (values > 0)
         # Kept for the kernel that steps the rows; a second backward pass adds to it.
         old = ctx.arrived.gradient
         ctx.arrived.gradient = gradient.contiguous() if old is None else old + gradient
@@ -133,7 +139,7 @@ class _Connect(torch.autograd.Function):
             of_means.addcmul_(slopes[2], gradient[:, 2:3])
             if ctx.needs_input_grad[1]:
                 of_position = -of_means.sum(dim=0)
-        return of_means, of_position, None, None, None, None
+        return of_means, of_position, None, None, None
 
 
 # -- without kernels -----------------------------------------------------------------------------
@@ -142,14 +148,14 @@ class _Connect(torch.autograd.Function):
 def evaluate(
     rows: Tensor, layout: RowLayout, viewpoint: Viewpoint, slopes: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Colours [n, 3] of rows [n, width], and their derivatives [3, n, 3] if asked for."""
+    """Colours [n, 3] of rows [n, width], not clamped; their derivatives [3, n, 3] if asked for."""
     coefficients = rows[:, _columns(layout)].unflatten(1, (-1, 3))
     if layout.sh_degree == 0:
         return coefficients[:, 0].clone(), None
     with torch.enable_grad():
         directions = rows[:, layout.columns["means"]] - viewpoint.position.detach()
         directions.requires_grad_(slopes)
-        colors = sh_colors(coefficients, directions, viewpoint.degree)
+        colors = unclamped_sh_colors(coefficients, directions, viewpoint.degree)
         if not slopes or viewpoint.degree == 0:
             return colors.detach(), None
         channels = [

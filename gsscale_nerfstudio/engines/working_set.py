@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gsscale_nerfstudio.engines.colors import Colors, Viewpoint, connect
+from gsscale_nerfstudio.engines.colors import Colors, Viewpoint, clamped, connect
 from gsscale_nerfstudio.store import RowLayout
 
 ScreenStatistics = tuple[Tensor, Tensor, Tensor]
@@ -46,6 +46,7 @@ def empty_attributes(
 ) -> dict[str, Tensor]:
     """Uninitialized contiguous attributes of ``n`` rows: the leaves, "colors" [n, 3] and "slopes".
 
+    Colours are those before clamping.
     The slopes, [3, n, 3], are the derivatives of each channel with respect to the mean. They are
     [0] where they are not needed: outside of training, and for colours that do not depend on it.
     """
@@ -67,15 +68,9 @@ def working_set(
     leaves = {name: attributes[name] for name in LEAVES}
     values, slopes = attributes["colors"], attributes["slopes"]
     if not training:
-        return WorkingSet(ids, leaves, Colors(values, viewpoint))
+        return WorkingSet(ids, leaves, Colors(clamped(values, layout), viewpoint))
     leaves = {name: Parameter(leaf) for name, leaf in leaves.items()}
-    colors = connect(
-        values,
-        slopes if slopes.numel() else None,
-        leaves["means"],
-        viewpoint,
-        clamped=layout.sh_degree > 0,
-    )
+    colors = connect(values, slopes if slopes.numel() else None, leaves["means"], viewpoint, layout)
     return WorkingSet(ids, leaves, colors)
 
 

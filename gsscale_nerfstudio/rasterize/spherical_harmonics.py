@@ -13,6 +13,14 @@ MAX_DEGREE = 4
 def sh_colors(coeffs: Tensor, dirs: Tensor, degree: int) -> Tensor:
     """Colours seen along ``dirs``: max(0, 1/2 + sum_k Y_k(d/|d|) c_k).
 
+    Arguments and result are those of :func:`unclamped_sh_colors`.
+    """
+    return unclamped_sh_colors(coeffs, dirs, degree).clamp_min(0.0)
+
+
+def unclamped_sh_colors(coeffs: Tensor, dirs: Tensor, degree: int) -> Tensor:
+    """1/2 + sum_k Y_k(d/|d|) c_k.
+
     Args:
         coeffs: SH coefficients; bands above ``degree`` are ignored. [m, K, 3]
         dirs: Viewing directions, camera to Gaussian, of any length but zero. [m, 3]
@@ -23,7 +31,7 @@ def sh_colors(coeffs: Tensor, dirs: Tensor, degree: int) -> Tensor:
     """
     bases = sh_bases(dirs / torch.linalg.vector_norm(dirs, dim=-1, keepdim=True), degree)
     colors = (bases[:, None, :] @ coeffs[:, : bases.shape[-1]]).squeeze(1)
-    return (colors + 0.5).clamp_min(0.0)
+    return colors + 0.5
 
 
 def sh_bases(dirs: Tensor, degree: int) -> Tensor:

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from nerfstudio.models.splatfacto import RGB2SH
 from torch import Tensor
 
 from gsscale_nerfstudio.engines.colors import Viewpoint
@@ -105,6 +106,20 @@ def test_colors_and_all_their_gradients(
     for name in ("scales", "quats", "opacities"):
         assert not grads[:, rows_layout.columns[name]].any()
     assert not grads[:, rows_layout.optimized :].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_black_points_gaussian_does_not_stay_black(backend: str, device: str) -> None:
+    """Its colour is 0 and not clamped: torch's clamp, which gsplat has, lets the gradient pass."""
+    layout = RowLayout(3)
+    values = random_rows(N, layout)
+    values["features_rest"] = torch.zeros_like(values["features_rest"])
+    values["features_dc"] = RGB2SH(torch.zeros(N, 3))
+    viewpoint = Viewpoint(torch.tensor(POSITION, device=device), 3)
+    working = unpacked(rows_of(values, layout).to(device), layout, viewpoint)
+    assert not working.colors.values.any()
+    working.colors.values.sum().backward()
+    assert working.colors.gradients().eq(1).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.models.splatfacto import RGB2SH
 from torch import Tensor
 
 from gsscale_nerfstudio.model import GSScaleModel
@@ -58,7 +59,7 @@ class Run:
 def gaussians(sh_degree: int) -> dict[str, Tensor]:
     """Of all shapes and colours, in a space that is larger than what one view sees."""
     random = torch.Generator().manual_seed(3)
-    return {
+    values = {
         "means": torch.randn(N, 3, generator=random) * 0.7,
         "scales": torch.log(10 ** (torch.rand(N, 3, generator=random) * 2 - 2.5)),
         "quats": torch.randn(N, 4, generator=random),
@@ -66,6 +67,10 @@ def gaussians(sh_degree: int) -> dict[str, Tensor]:
         "features_dc": torch.randn(N, 3, generator=random),
         "features_rest": torch.randn(N, (sh_degree + 1) ** 2 - 1, 3, generator=random) * 0.3,
     }
+    if sh_degree > 0:  # as black points give them
+        values["features_dc"][::5] = RGB2SH(torch.zeros(3))
+        values["features_rest"][::5] = 0
+    return values
 
 
 def train(config: TrainerConfig, steps: int, from_points: bool = False) -> Run:
