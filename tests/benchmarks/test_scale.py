@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -111,7 +112,12 @@ def test_under_a_cap_memory_runs_out_where_a_small_card_would_end():
         "try: kept.append(torch.empty(10**9, dtype=torch.uint8, device='cuda'))\n"
         "except torch.cuda.OutOfMemoryError: print('ended')"
     )
+    # Python may have been told not to look into the current folder.
+    found = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(machine.ROOT)])
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": found.lstrip(os.pathsep)},
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.strip() == "ended", done.stderr

