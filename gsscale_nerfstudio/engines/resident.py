@@ -74,6 +74,7 @@ class ResidentEngine(HostEngine):
         self.auto = auto
         self._fitted: FittedCache | None = None  # it is the host engine
         self._blocked = False  # an announced view was not admitted
+        self._gave_up = False  # the cache, for want of memory
         super().__init__(store, device, budget)
 
     def _start_training(self) -> None:
@@ -118,6 +119,7 @@ class ResidentEngine(HostEngine):
             self._fitted.fit(self._rows_done)
             if self._sizing.host_is_faster(self.counters) and self._fitted.partial:
                 self._stop_caching("the link is too slow for the Gaussians that have to cross it")
+                self._gave_up = False
                 return super()._prepare(view, step, ahead)
         ids = self._rows_of(view, step, ahead)
         self._prepared_views += 1
@@ -249,7 +251,7 @@ class ResidentEngine(HostEngine):
         assert self._fitted is not None
         self._take_spheres(wait_for_all=True)
         self._fitted.remove(self._rows_done)
-        self._fitted = None
+        self._fitted, self._gave_up = None, True
         CONSOLE.print(
             f"[bold yellow]gsscale:[/bold yellow] {reason}; from here on Adam runs on the CPU "
             "(engine host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
@@ -301,6 +303,11 @@ class ResidentEngine(HostEngine):
                 self._sizing.observe(have)
             self._sizing.refuse_small(budget, have)
             self._fitted.outdated = True
+        elif self._gave_up:
+            # It may be enough now. If it is not, the next view says so, as before.
+            self._gave_up = False
+            self.rest()  # rows may still be stepped on the CPU
+            self._start_training()
         super()._go_by(budget)
 
     # -- rendering and stepping ------------------------------------------------------------------

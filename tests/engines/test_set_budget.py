@@ -88,6 +88,30 @@ def test_refused_with_the_least_that_would_do():
     assert engine.budget.gigabytes == least
 
 
+def test_more_memory_brings_the_cache_back(capsys):
+    layout = RowLayout(1)
+    store = store_of(layout)
+    view = max(HostEngine(store, CPU).visible_rows(view) for view in ring_of_views())
+    engine = ResidentEngine(store, CPU, budget_for(view // 2, layout, view))
+    before = copies(store)
+    cached = []
+
+    def change(step: int) -> None:
+        cached.append(engine.cached)
+        if step == 8:
+            engine.set_budget(budget_for(view // 3, layout, view))
+        if step == 16:
+            engine.set_budget(budget_for(3 * ROWS, layout, view))
+
+    seen = drive(engine, 32, before_step=change)
+    engine.settle()
+    errors = largest_errors(store, dense(before, seen, 32))
+    assert max(errors.values()) < 1e-5, errors
+    assert cached[1:17] == [None] * 16 and None not in cached[18:]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("Adam runs on the CPU") == 2 and "GPU has room for" in said
+
+
 def test_the_host_engine_sizes_views_by_it(monkeypatch):
     engine = HostEngine(store_of(RowLayout(0)), CPU, Budget(1.0))
     assert not engine.bounded  # there is no GPU
