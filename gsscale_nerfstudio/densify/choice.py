@@ -52,6 +52,7 @@ def make_strategy(config: GSScaleModelConfig, num_images: int) -> RowStrategy | 
             refine_every=config.refine_every,
             min_opacity=_MIN_OPACITY if untouched else threshold,
             verbose=True,
+            epoch=num_images if config.mcmc_opacity_reg > 0 else 0,
         )
     reset_every = config.reset_alpha_every * config.refine_every
     return RowStrategy(

@@ -16,7 +16,8 @@ from gsscale_nerfstudio.densify.sampling import draw_rows
 from gsscale_nerfstudio.densify.strategy import SORT_FROM
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.optim import MeanNoise
-from gsscale_nerfstudio.store.edit import RowEdit
+from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.store.edit import RowEdit, RowSummary
 
 _GROWTH = 1.05
 """By so much a refinement grows the scene."""
@@ -34,6 +35,10 @@ class RowMCMCStrategy(MCMCStrategy):
     do, and do not go on by those of the place that they left.
     """
 
+    epoch: int = 0
+    """Steps in which each training image comes once. A row that none of them has seen since it was
+    made is dead, as it is in gsplat's strategy by then: there the regularization of opacities is
+    all that acts on it, here nothing does. 0 where there is no such regularization."""
     absgrad: ClassVar[bool] = False
     _room: RowRoom = field(default_factory=RowRoom)
 
@@ -70,7 +75,10 @@ class RowMCMCStrategy(MCMCStrategy):
         engine.rows_changed()
         if not self._refines(step):
             return
-        logits = engine.summarize().opacity
+        summary = engine.summarize()
+        logits = summary.opacity
+        if self.epoch > 0:
+            self._bury_unseen(engine.store, summary)
         relocated = self._relocate(engine, logits)
         added = self._grow(engine, logits)
         if self.verbose:
@@ -78,6 +86,20 @@ class RowMCMCStrategy(MCMCStrategy):
             print(f"Step {step}: Added {added} GSs. Now having {len(engine.store)} GSs.")
         if engine.store.unsorted_share > SORT_FROM:
             engine.sort()
+
+    def _bury_unseen(self, store: HostStore, summary: RowSummary) -> None:
+        """Make rows dead that an epoch has not seen; ``summary.opacity`` follows.
+
+        For how many refinements a row was unseen is told by its largest radius, which this strategy
+        has no other use for.
+        """
+        opacity = store.layout.columns["opacities"].start
+        waited = store.bookkeeping("max_radius")
+        for rows in chunks(len(summary)):
+            unseen = store.exp_avg_sq[rows, opacity] == 0
+            waited[rows] = (summary.radius[rows] + 1) * unseen
+            long_ago = waited[rows] * self.refine_every >= self.epoch
+            summary.opacity[rows].masked_fill_(unseen & long_ago, -torch.inf)
 
     def _relocate(self, engine: EditableEngine, logits: Tensor) -> int:
         """Let dead rows become copies of others; ``logits`` [n] follows. Returns how many."""

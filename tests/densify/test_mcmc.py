@@ -176,6 +176,29 @@ def test_relocated_rows_are_bounded_and_keep_no_moments(monkeypatch):
     assert len(store.bookkeeping("key").unique()) == len(store)
 
 
+@pytest.mark.parametrize("epoch", [0, 250])
+def test_rows_that_an_epoch_has_not_seen_are_dead(epoch, monkeypatch):
+    monkeypatch.setattr(mcmc, "SORT_FROM", 2.0)
+    store = faint_store()
+    store.column("opacities")[:] = 1.0
+    unseen = torch.arange(0, 4000, 7)
+    for array in (store.exp_avg, store.exp_avg_sq):
+        array[:4000] = 1e-3
+        array[unseen] = 0
+    engine = engine_of(store)
+    strategy = RowMCMCStrategy(cap_max=4000, refine_start_iter=0, verbose=False, epoch=epoch)
+    means = store.column("means").clone()
+    for step, moved in ((100, False), (200, False), (300, epoch > 0)):
+        strategy.refine(engine, step)
+        assert (store.column("means")[unseen] != means[unseen]).any(dim=1).all() == moved
+    seen = torch.ones(4000, dtype=torch.bool)
+    seen[unseen] = False
+    assert torch.equal(store.column("means")[seen], means[seen])
+    # They are new rows now, and wait as long again.
+    strategy.refine(engine, 400)
+    assert store.bookkeeping("max_radius")[unseen].eq(1 if epoch else 0).all()
+
+
 def test_growth_ends_at_the_smaller_limit():
     for most, capacity in ((4100, 12_000), (9000, 4150)):
         store = faint_store()
