@@ -44,12 +44,12 @@ def measure(args: TwinsArgs) -> tuple[dict[tuple[int, str], twins.Apart], str]:
 
 def test_both_do_the_same(args):
     found, said = measure(args)
-    assert len(found) == 2 * (6 * 3 + 3) and "features_rest: v" in said
+    assert len(found) == 2 * (6 * 3 + 3) and "exp_avg_sq of features_rest" in said
     for (mark, name), one in found.items():
         assert one.difference < 1e-3, (mark, name)
         assert one.rows_apart < 0.02, (mark, name)
     assert found[4, "count"].difference == 0
-    assert found[1, "opacities: m"].difference > 0 or found[4, "means"].difference > 0
+    assert found[1, "exp_avg of opacities"].difference > 0 or found[4, "means"].difference > 0
 
 
 def test_a_gradient_that_does_not_arrive_is_seen(args, monkeypatch):
@@ -64,7 +64,7 @@ def test_a_gradient_that_does_not_arrive_is_seen(args, monkeypatch):
         lambda ctx, g: through(ctx, g * (torch.arange(len(g)) > 9)[:, None]),
     )
     found, _ = measure(args)
-    one = found[1, "features_dc: m"]
+    one = found[1, "exp_avg of features_dc"]
     assert one.difference > 1e-3 and one.rows_apart > 0
 
 

@@ -13,8 +13,8 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.models.splatfacto import RGB2SH
 from torch import Tensor
 
+from benchmarks.twins import rows_of
 from gsscale_nerfstudio.model import GSScaleModel
-from gsscale_nerfstudio.store import GROUPS
 from tests.runs import seeded
 
 N = 60
@@ -124,22 +124,6 @@ def begin_with(model: Any, values: dict[str, Tensor]) -> None:
 def run_callbacks(trainer: Trainer, step: int, where: TrainingCallbackLocation) -> None:
     for callback in trainer.callbacks:
         callback.run_callback_at_location(step, where)
-
-
-def rows_of(trainer: Trainer) -> dict[str, Tensor]:
-    """What a Gaussian is, in either method; settled."""
-    model, rows = trainer.pipeline.model, {}
-    for name in GROUPS:
-        rows[name] = model.gauss_params[name].detach().clone()
-        state = trainer.optimizers.optimizers[name].state_dict()["state"][0]
-        rows[f"exp_avg of {name}"] = state["exp_avg"].clone()
-        rows[f"exp_avg_sq of {name}"] = state["exp_avg_sq"].clone()
-    if isinstance(model, GSScaleModel):
-        statistics = model.engine.store.resume_state()["statistics"]
-        statistics["radii"] = statistics.pop("max_radius")
-    else:
-        statistics = model.strategy_state
-    return rows | {name: statistics[name].clone() for name in ("grad2d", "count", "radii")}
 
 
 def evaluated(trainer: Trainer) -> dict[str, Tensor]:
