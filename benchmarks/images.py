@@ -60,12 +60,26 @@ def held_out_views(
 @torch.no_grad()
 def metrics_of_views(pipeline: VanillaPipeline) -> list[dict[str, float]]:
     """The metrics of each held-out view, as Nerfstudio averages them."""
-    model: Any = pipeline.model
+    return _metrics(pipeline, pipeline.datamanager.fixed_indices_eval_dataloader)
+
+
+@torch.no_grad()
+def metrics_of_training_views(pipeline: VanillaPipeline, count: int) -> list[dict[str, float]]:
+    """The same of at most ``count`` of the views that were trained on, evenly spread."""
     data: Any = pipeline.datamanager
+    cameras, images = data.train_dataset.cameras, data.cached_train
+    chosen = spread(len(data.train_dataset), count)
+    return _metrics(pipeline, ((cameras[i : i + 1], images[i]) for i in chosen))
+
+
+def _metrics(pipeline: VanillaPipeline, views: Any) -> list[dict[str, float]]:
+    model: Any = pipeline.model
     pipeline.eval()
     metrics = [
-        model.get_image_metrics_and_images(model.get_outputs_for_camera(camera=camera), batch)[0]
-        for camera, batch in data.fixed_indices_eval_dataloader
+        model.get_image_metrics_and_images(
+            model.get_outputs_for_camera(camera=camera.to(pipeline.device)), batch
+        )[0]
+        for camera, batch in views
     ]
     pipeline.train()
     return metrics

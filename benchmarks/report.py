@@ -37,14 +37,17 @@ LEGEND = """
 - **PSNR**, **SSIM**: means over the images held out from training, as Nerfstudio evaluates them.
 - **lowest**: PSNR of the held-out image that came out worst; something afloat before one of them
   moves the mean, too.
+- **training PSNR**: mean over up to 40 of the images that were trained on. No proof of quality, but
+  nearly the same in all runs of a method, so that a difference between methods would show.
 - **it/s**: over the last 1000 steps (the last half of a shorter run), with the GPU's queue empty at
   both ends.
 - **wall s**: all training steps, loading the images included, without set-up and evaluation.
 - **GPU GB**: peak of torch's allocated tensors from set-up to the last step (10^9 bytes), the
   cached images included; *reserved* is what the allocator held. The CUDA context comes on top.
 - **host GB**: peak resident memory of the process up to the last step.
-- **ΔPSNR**, **ΔSSIM**, **ΔGaussians**: difference to splatfacto's mean in the same table;
-  **speed**, **memory**: it/s and GPU GB as multiples of splatfacto's.
+- **ΔPSNR**, **ΔSSIM**, **Δ**, **ΔGaussians**: difference to splatfacto's mean in the same table;
+  **speed**, **memory**, **reserved**: it/s, GPU GB and GPU GB reserved, as multiples of
+  splatfacto's.
 - **±**: standard deviation over seeds.
 """
 

@@ -41,6 +41,10 @@ class Run:
     ssim: float | None = None
     psnr_of_views: list[float] | None = None
     """Of each held-out image: a floater before one of them moves the mean, too."""
+    training_psnr: float | None = None
+    """This and the next: the same on training images, up to 40 of them. Much the same for all
+    seeds, where held-out images, being few, are not."""
+    training_ssim: float | None = None
     held_out_images: int | None = None
     gaussians: int | None = None
     it_per_s_last_1000: float | None = None

@@ -24,6 +24,9 @@ import tyro
 from benchmarks import child
 from benchmarks.progress import ProgressFile
 
+TRAINING_VIEWS = 40
+"""Training images that are evaluated at most, for their mean."""
+
 
 @dataclass
 class RunArgs:
@@ -109,12 +112,15 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     for key, mean in metrics.items():
         if not math.isfinite(mean):
             raise RuntimeError(f"{key} on the held-out images is {mean}")
+    trained = images.metrics_of_training_views(pipeline, TRAINING_VIEWS)
     if args.save_images is not None:
         images.save_views(pipeline, args.save_images, args.name, args.images)
     return {
         "psnr": metrics["psnr"],
         "ssim": metrics["ssim"],
         "psnr_of_views": [round(float(view["psnr"]), 3) for view in views],
+        "training_psnr": fmean(view["psnr"] for view in trained),
+        "training_ssim": fmean(view["ssim"] for view in trained),
         "held_out_images": len(pipeline.datamanager.eval_dataset),
         "gaussians": int(pipeline.model.num_points),
         **meter.result,

@@ -57,11 +57,14 @@ class Row:
     group: Group
     psnr_difference: float | None
     ssim_difference: float | None
+    training_psnr_difference: float | None
     gaussians_difference: float | None
     """As a fraction of splatfacto's."""
     speed_ratio: float | None
     memory_ratio: float | None
     """Of the peak GPU memory in allocated tensors."""
+    reserved_ratio: float | None
+    """Of the peak GPU memory that the allocator held."""
 
 
 def short_commit(commit: str) -> str:
@@ -123,9 +126,11 @@ def _row(group: Group, baseline: list[Run]) -> Row:
         group=group,
         psnr_difference=difference("psnr"),
         ssim_difference=difference("ssim"),
+        training_psnr_difference=difference("training_psnr"),
         gaussians_difference=None if gaussians is None else gaussians - 1,
         speed_ratio=ratio("it_per_s_last_1000"),
         memory_ratio=ratio("peak_gpu_allocated_bytes"),
+        reserved_ratio=ratio("peak_gpu_reserved_bytes"),
     )
 
 

@@ -46,7 +46,8 @@ def run_table(comparison: Comparison) -> TextTable:
 def summary_table(comparison: Comparison) -> TextTable:
     """One row a method and engine: means over seeds, and the comparison with splatfacto.
 
-    The Δ columns are differences to splatfacto's mean, ``speed`` and ``memory`` multiples of it.
+    The Δ columns are differences to splatfacto's mean; ``speed``, ``memory`` and ``reserved`` are
+    multiples of it.
     """
     columns = [
         "method",
@@ -55,12 +56,15 @@ def summary_table(comparison: Comparison) -> TextTable:
         "ΔPSNR",
         "SSIM",
         "ΔSSIM",
+        "training PSNR",
+        "Δ",
         "Gaussians",
         "ΔGaussians",
         "it/s",
         "speed",
         "GPU GB",
         "memory",
+        "reserved",
     ]
     return TextTable(columns, [_summary(row) for row in compare_groups(comparison)])
 
@@ -126,9 +130,9 @@ def _measured(run: Run) -> list[str]:
 
 def _summary(row: Row) -> list[str]:
     group = row.group
-    psnr, ssim = (
+    psnr, ssim, trained = (
         _text(group.mean(name), form) + _text(group.deviation(name), " ± " + form, missing="")
-        for name, form in (("psnr", "{:.2f}"), ("ssim", "{:.4f}"))
+        for name, form in (("psnr", "{:.2f}"), ("ssim", "{:.4f}"), ("training_psnr", "{:.2f}"))
     )
     return [
         group.label,
@@ -137,12 +141,15 @@ def _summary(row: Row) -> list[str]:
         _text(row.psnr_difference, "{:+.2f}"),
         ssim,
         _text(row.ssim_difference, "{:+.4f}"),
+        trained,
+        _text(row.training_psnr_difference, "{:+.2f}"),
         _text(group.mean("gaussians"), "{:,.0f}"),
         _text(row.gaussians_difference, "{:+.1%}"),
         _text(group.mean("it_per_s_last_1000"), "{:.1f}"),
         _text(row.speed_ratio, "{:.2f}x"),
         _text(group.mean("peak_gpu_allocated_bytes"), "{:.2f}", _gb),
         _text(row.memory_ratio, "{:.2f}x"),
+        _text(row.reserved_ratio, "{:.2f}x"),
     ]
 
 

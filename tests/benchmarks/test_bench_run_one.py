@@ -262,6 +262,7 @@ def test_compare_with_a_real_run(tmp_path):
     assert 25 < run["psnr"] < 100 and run["ssim"] == 0.5 and run["gaussians"] == 7
     assert run["held_out_images"] == len(run["psnr_of_views"]) == 2
     assert sum(run["psnr_of_views"]) / 2 == pytest.approx(run["psnr"], abs=1e-3)
+    assert 25 < run["training_psnr"] < 100 and run["training_ssim"] == 0.5
     assert run["it_per_s_last_1000"] > 0 and run["timed_steps"] == 30 and run["wall_s"] > 0
     assert run["peak_host_bytes"] > 1e8 and run["peak_gpu_allocated_bytes"] is None
     assert run["overrides"] == ["machine.device-type=cpu", "pipeline.model.start=0.5"]

@@ -107,7 +107,9 @@ def test_the_cap_counts_what_is_taken_already(monkeypatch):
 @pytest.mark.gpu
 def test_under_a_cap_memory_runs_out_where_a_small_card_would_end():
     code = (
-        "import torch; from benchmarks.memory_cap import cap_gpu_memory; cap_gpu_memory(2.0)\n"
+        "import torch; from benchmarks.memory_cap import cap_gpu_memory\n"
+        "free, total = torch.cuda.mem_get_info()  # others may be on this GPU, too\n"
+        "cap_gpu_memory((total - free) / 1e9 + 1.5)\n"
         "kept = [torch.empty(10**9, dtype=torch.uint8, device='cuda')]\n"
         "try: kept.append(torch.empty(10**9, dtype=torch.uint8, device='cuda'))\n"
         "except torch.cuda.OutOfMemoryError: print('ended')"

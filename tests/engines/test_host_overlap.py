@@ -338,6 +338,7 @@ def test_rows_that_are_loaded_are_not_stepped_over(device, begun, without_kernel
 def test_a_restart_drops_the_pending_step(device, without_kernels):
     engine = host_engine(device)
     drive(engine, 5)
+    engine._wait_for_worker()  # the step before the pending one may still be under way
     engine.store.column("means").fill_(0.25)  # as a checkpoint's rows
     engine.restart(5)
     engine.settle()

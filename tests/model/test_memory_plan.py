@@ -123,7 +123,7 @@ def test_a_plan_that_is_not_refused_keeps_to_the_memory(c):
         assert plan.gpu.available <= c.gpu.free
         assert all(full >= 0 for _, full in parts(plan.gpu).values())
         tight = max(plan.gpu.now, plan.gpu.full) > plan.gpu.available
-        assert not tight or any("more GPU memory than there is" in line for line in plan.advice)
+        assert not tight or any("does not fit into the GPU" in line for line in plan.advice)
 
 
 def refusal(c):
