@@ -12,6 +12,7 @@ from gsscale_nerfstudio.cull import Culler
 from gsscale_nerfstudio.densify import RowStrategy
 from gsscale_nerfstudio.engines import Budget, ResidentEngine
 from gsscale_nerfstudio.engines import make_engine as engine_of
+from gsscale_nerfstudio.engines.budget import IN_TENSORS
 from gsscale_nerfstudio.engines.rates import Rates
 from gsscale_nerfstudio.engines.sizing import CacheSizing, ViewSizing
 from gsscale_nerfstudio.engines.streams import Stress
@@ -308,7 +309,7 @@ def test_budgets():
     cpu = torch.device("cpu")
     assert Budget(None).cache_rows(cpu, 768, 10**6) == 2**31 - 1
     four, eight = (Budget(gb).cache_rows(cpu, 768, 10**9) for gb in (4, 8))
-    assert eight - four == pytest.approx(0.92 * 4e9 / 768, abs=2)
+    assert eight - four == pytest.approx(IN_TENSORS * 4e9 / 768, abs=2)
     assert 0 < four < 3e9 / 768
     assert Budget(0.5).cache_rows(cpu, 768, 1000) == 0
     less = Budget(4).cache_rows(cpu, 768, 10**9 + 768 * 1000)

@@ -122,6 +122,6 @@ def test_the_host_engine_sizes_views_by_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9,) * 2)
     assert engine._sizing.fits(10_000, view)
-    engine.set_budget(Budget(0.69))
+    engine.set_budget(Budget(0.66))
     assert not engine._sizing.fits(10_000, view) and engine._sizing.fits(100, view)
-    assert engine.budget == Budget(0.69)
+    assert engine.budget == Budget(0.66)

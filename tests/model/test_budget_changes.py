@@ -10,6 +10,7 @@ import torch
 
 from gsscale_nerfstudio.budget_changes import BudgetChanges
 from gsscale_nerfstudio.engines import Budget, HostEngine
+from gsscale_nerfstudio.engines.budget import IN_TENSORS
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.memory_plan import Circumstances, Gpu, make_plan
 from gsscale_nerfstudio.store import HostStore, RowLayout
@@ -38,7 +39,7 @@ def test_the_plan_follows(engine):
     changes.apply(7)
     assert changes.said == "The budget is 4 GB since step 7."
     assert engine.budget == Budget(4.0)
-    assert changes.plan.gpu.available == int(0.92 * 4e9)
+    assert changes.plan.gpu.available == int(IN_TENSORS * 4e9)
     assert changes.plan.host is before.host
 
 
