@@ -127,7 +127,8 @@ class ResidentEngine(HostEngine):
         prepared = _Prepared(view, ids, self._prepared_views, None)
         # A cache of another size is not made while rows of this one are being stepped, and views
         # are admitted in their order, or an earlier one's rows would not be kept for it.
-        fits = self._cache is not None and len(ids) <= self._sizing.view_rows
+        room = self._sizing.has_room_for(len(ids), view.width * view.height)
+        fits = self._cache is not None and room
         if fits and not (ahead and self._blocked):
             # Read in this order: rows that have become free to leave are done by that mark.
             keep_from = self._current.number if ahead and self._current else prepared.number
@@ -222,8 +223,8 @@ class ResidentEngine(HostEngine):
     def _admit_late(self, prepared: _Prepared, fitted: FittedCache) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""
         self._drop_announced()  # none of the views after this one was admitted
-        n = len(prepared.ids)
-        if fitted.cache is not None and n <= self._sizing.view_rows:
+        size = len(prepared.ids), prepared.view.width * prepared.view.height
+        if fitted.cache is not None and self._sizing.has_room_for(*size):
             if fitted.views_ahead > 1:
                 fitted.views_ahead -= 1
             else:
@@ -233,7 +234,7 @@ class ResidentEngine(HostEngine):
                     "--pipeline.model.vram-budget-gb if the GPU has more memory."
                 )
         else:
-            self._sizing.leave_room_for(n)  # which may cost a new cache
+            self._sizing.leave_room_for(*size)  # which may cost a new cache
             fitted.fit(self._rows_done)
         if fitted.cache is None:
             return prepared

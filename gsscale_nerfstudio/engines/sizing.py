@@ -113,17 +113,18 @@ class CacheSizing(ViewSizing):
 
     Attributes:
         largest: rows of the largest view so far.
-        view_rows: rows of a view that room is left for; views differ.
+        view_rows, view_pixels: of a view that room is left for; views differ, and a schedule makes
+            images larger.
     """
 
     def __init__(
         self, budget: Budget, device: torch.device, layout: RowLayout, auto: bool = False
     ) -> None:
         super().__init__(budget, device, layout)
-        self.largest = self.view_rows = 0
+        self.largest = self.view_rows = self.view_pixels = 0
         self.rates = Rates.measure(device) if auto else None
-        self._pixels = 0
-        self._largest_since = (0, 0)  # rows and pixels of a view since memory was given back
+        # Rows and pixels of the view that needed most since memory was given back.
+        self._largest_since = (0, 0)
         self._taken = 0  # bytes in use between views, beside the cache
         self._most_slots = 2**31 - 1  # because more turned out to be too many
         self._counted = (0.0, 0.0)  # rows, and of these missed, when the rates were last asked
@@ -135,13 +136,22 @@ class CacheSizing(ViewSizing):
 
     def saw(self, rows: int, pixels: int) -> None:
         """A view has so many rows."""
-        self._largest_since = max(self._largest_since, (rows, pixels))
-        if rows > self.largest:
-            self.largest, self._pixels = rows, pixels
+        self.largest = max(self.largest, rows)
 
-    def leave_room_for(self, rows: int) -> None:
+        def needs(view: tuple[int, int]) -> int:
+            return view_bytes(*view, self._per_row)
+
+        self._largest_since = max(self._largest_since, (rows, pixels), key=needs)
+
+    def has_room_for(self, rows: int, pixels: int) -> bool:
+        """Whether a view is no larger than the cache was made to leave room for."""
+        return rows <= self.view_rows and pixels <= self.view_pixels
+
+    def leave_room_for(self, rows: int, pixels: int) -> None:
         """A view turned out to be larger than there is room for."""
-        self.view_rows = max(self.view_rows, with_margin(rows))
+        if rows > self.view_rows:
+            self.view_rows = with_margin(rows)
+        self.view_pixels = max(self.view_pixels, pixels)
 
     def limit(self, cached_rows: int) -> int:
         """Largest number of rows that a cache may hold, if there is one of ``cached_rows``.
@@ -151,7 +161,7 @@ class CacheSizing(ViewSizing):
         if self._device.type == "cuda":
             allocated = torch.cuda.memory_allocated(self._device)
             self._taken = allocated - cached_rows * self.row_bytes
-        needed = view_bytes(self.view_rows, self._pixels, self._per_row)
+        needed = view_bytes(self.view_rows, self.view_pixels, self._per_row)
         rows = self._budget.cache_rows(self._device, self.row_bytes, needed, cached_rows)
         return min(rows, self._most_slots)
 
@@ -168,7 +178,7 @@ class CacheSizing(ViewSizing):
             GSScaleError: it would not.
         """
         rows = with_margin(self.largest)
-        needed = view_bytes(rows, self._pixels, self._per_row)
+        needed = view_bytes(rows, self.view_pixels, self._per_row)
         least = budget.least(self._device, self.row_bytes, needed, rows, cached_rows)
         if budget.gigabytes is not None and budget.gigabytes < least:
             raise GSScaleError(

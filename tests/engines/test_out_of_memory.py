@@ -344,7 +344,7 @@ def test_a_render_may_shrink_the_cache_between_steps(under_way):
 
 def test_what_turned_out_to_be_too_many_is_remembered():
     sizing = CacheSizing(FixedBudget(10_000), torch.device("cpu"), RowLayout(1))
-    sizing.leave_room_for(800)  # 900 with what views differ by
+    sizing.leave_room_for(800, 0)  # 900 with what views differ by
     assert [sizing.too_many(n) for n in (2000, 1500, 1125, 900)] == [1500, 1125, 900, 675]
     assert sizing.limit(0) == 675
     assert sizing.too_many(1200, enough=1000) == 1000

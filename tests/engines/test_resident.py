@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from gsscale_nerfstudio.cull import Culler
+from gsscale_nerfstudio.cull import Culler, View
 from gsscale_nerfstudio.densify import RowStrategy
-from gsscale_nerfstudio.engines import Budget, ResidentEngine
+from gsscale_nerfstudio.engines import Budget, ResidentEngine, sizing
 from gsscale_nerfstudio.engines import make_engine as engine_of
 from gsscale_nerfstudio.engines.budget import IN_TENSORS
 from gsscale_nerfstudio.engines.rates import Rates
@@ -293,6 +294,37 @@ def test_a_view_larger_than_expected_gets_a_new_cache(device):
     assert engine._fitted is not None
 
 
+class BudgetInBytes:
+    """So many bytes for the cache and a view together."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def cache_rows(self, _device: object, row_bytes: int, needed: int, _cached: int = 0) -> int:
+        return (self.size - needed) // row_bytes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_cache_makes_room_for_larger_images_of_the_same_rows(device, monkeypatch):
+    """As when splatfacto's schedule doubles their sides."""
+    monkeypatch.setattr(sizing, "_VIEW_ROW_BYTES", 0)  # a view needs memory for its pixels alone
+    layout, pixels = RowLayout(0), ring_of_views()[0].width * ring_of_views()[0].height
+    engine = make_engine(random_rows(ROWS, layout), layout, device, ROWS)
+    engine.budget = BudgetInBytes(4 * pixels * sizing._PIXEL_BYTES + 400 * layout.cached_bytes)
+
+    def view_at(step: int) -> View:
+        view, times = ring_of_views()[step * 5 % 12], 1 if step < 6 else 2
+        K = view.K * [[times], [times], [1]]
+        return replace(view, K=K, width=times * view.width, height=times * view.height)
+
+    before, sizes = copies(engine.store), []
+    seen = drive(engine, 12, view_at=view_at, after_step=lambda _: sizes.append(len(engine._cache)))
+    engine.settle()
+    assert sizes == [ROWS + ROWS // 8] * 6 + [400] * 6
+    errors = largest_errors(engine.store, dense(before, seen, 12))
+    assert max(errors.values()) < 1e-5, errors
+
+
 def test_a_restart_forgets_the_cache():
     layout = RowLayout(1)
     engine = make_engine(random_rows(ROWS, layout), layout, "cpu", ROWS)
@@ -327,7 +359,7 @@ def test_what_a_view_needs_is_measured(monkeypatch):
     slots, images, pixels = 10**6, 50_000_000, 3_000_000
     memory["allocated"] = images + slots * sizing.row_bytes
     sizing.saw(800_000, pixels)
-    sizing.leave_room_for(1_000_000)
+    sizing.leave_room_for(1_000_000, pixels)
     guessed = sizing.limit(slots)
     for per_row in (500, 900):
         memory["reserved"] = memory["allocated"] + 800_000 * per_row + 130 * pixels
