@@ -26,7 +26,7 @@ POINTERS = {
     "noise": "*fp64",
     "tiles": "*i16",
 }
-INTEGERS = {"n", "n_rows", "total", "bands_end", "step", "height", "width"}
+INTEGERS = {"n", "n_rows", "total", "bands_end", "step", "height", "width", "first_tile"}
 FLOATS = {
     "log2_beta1",
     "log2_beta2",
@@ -65,7 +65,7 @@ SLOTS = {
     "SLOTS": 128,
 }
 NOISE = {**ROWS, "KEY": 63, "N_GROUPS": 8, "ROWS": 128}
-TILES = {"RADII": 1, "BLOCK": 32}
+TILES = {"RADII": 1, "TILE": 16, "BLOCK": 32}
 LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}
 KERNELS = [
     (kernels.exchange_rows, ROWS),
@@ -80,7 +80,7 @@ KERNELS = [
     (slot_kernels._summarize, SLOTS),
     (slot_kernels._limit, SLOTS),
     (tile_lists._count_tiles, TILES),
-    (tile_lists._list_tiles, {**TILES, "RADII": 2}),
+    (tile_lists._list_tiles, {**TILES, "RADII": 2, "TILE": 8}),
 ]
 if FUSED:
     KERNELS += [

@@ -126,7 +126,8 @@ def _rasterize_gsplat(
     width, height = right - left, bottom - top
     # In gsplat's own function for them the host waits for the device without letting other Python
     # threads run.
-    lists = tile_lists(means2d[0], radii[0], depths[0], conics[0], opacities[0], width, height)
+    splats = (means2d[0], radii[0], depths[0], conics[0], opacities[0])
+    lists = tile_lists(*splats, width, height, TILE)
     image, alpha = rasterize_to_pixels(
         means2d,
         conics,

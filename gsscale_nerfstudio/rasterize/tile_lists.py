@@ -7,7 +7,8 @@ its longer axis to each side. The rasterizer then passes over the pixels where
 
 (a, b, c) being the conic. Here a tile of that square is listed only if it touches the ellipse of
 the other pixels, sigma <= ln(255 opacity). The ellipse is drawn large enough for all rounding, the
-rasterizer's and ours, so that the image stays the same bit by bit.
+rasterizer's and ours, so that the image stays the same bit by bit. It does so with smaller tiles,
+too: they are those within the tiles of gsplat's square.
 
 The host waits for the device once, through torch, and other Python threads run meanwhile.
 """
@@ -22,16 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SQUARE = 16
+"""Pixels along the side of the tiles that gsplat rounds its squares to."""
+
 TILE = 16
-"""Pixels along the side of gsplat's tiles."""
+"""Pixels along the side of the tiles that have a list each: :data:`SQUARE`, or half of it."""
 
 _BLOCK = 1024 if os.environ.get("TRITON_INTERPRET") == "1" else 32
 """Gaussians of a program. One warp: then it goes through as many tiles as its largest Gaussian has,
 not its neighbours', and finding that number is a shuffle."""
 
-_TILE = tl.constexpr(TILE)
-_PER_TILE = tl.constexpr(1 / TILE)  # multiplied by it, a float is exact; Triton's division is not
-_LAST_CENTRE = tl.constexpr(TILE - 0.5)
+_SQUARE = tl.constexpr(SQUARE)
+_PER_SQUARE = tl.constexpr(1 / SQUARE)  # a float times it is exact; Triton's division is not
 _FAINT = tl.constexpr(0.99995 / 255)  # below, even exp(-0), rounded up, does not reach 1/255
 _LOG_SLACK = tl.constexpr(1e-4)  # of sigma's limit: __expf, our logarithm and the 1/255 round
 _SIGMA_ROUNDING = tl.constexpr(5e-7)  # of sigma's terms: 6 roundings of 2^-24 each, and some more
@@ -63,11 +66,12 @@ def tile_lists(
     opacities: Tensor,
     width: int,
     height: int,
+    tile: int,
 ) -> TileLists:
     """The lists of one view of ``n`` projected Gaussians, n > 0.
 
     Beside the inputs it takes at most 32 bytes per Gaussian, and 34 per listed pair of a Gaussian
-    and a tile while torch sorts the pairs (40 with more than 32,767 tiles); 4 of these remain.
+    and a tile while torch sorts the pairs (40 with more than 65,536 tiles); 4 of these remain.
 
     Args:
         means2d: Centres in pixels. [n, 2] float32
@@ -78,9 +82,10 @@ def tile_lists(
         opacities: As the rasterizer is to see them, antialiasing included. [n] float32
         width: Image width in pixels.
         height: Image height in pixels.
+        tile: Pixels along the side of a tile: a divisor of :data:`SQUARE`.
     """
     n, device = len(means2d), means2d.device
-    columns, rows = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
+    columns, rows = triton.cdiv(width, tile), triton.cdiv(height, tile)
     # Sorted before they are listed, n instead of I, so that the lists are sorted by tile alone.
     order = torch.sort(depths, stable=True).indices
     tensors = (means2d, radii, conics, opacities)
@@ -89,6 +94,7 @@ def tile_lists(
     # fused multiply-add at its discretion.
     options = {
         "RADII": radii.numel() // n,
+        "TILE": tile,
         "BLOCK": _BLOCK,
         "num_warps": 1,
         "enable_fp_fusion": False,
@@ -99,12 +105,14 @@ def tile_lists(
         _count_tiles[grid](*inputs, counts, **options)
         ends = counts.cumsum(0)
         total = int(ends[-1].item())
-        small = columns * rows <= torch.iinfo(torch.int16).max  # half the passes of the sort
+        # 16 bits take half the passes of the sort; they count from -32768.
+        small = columns * rows <= 1 << 16
+        first = -(1 << 15) if small else 0
         tiles = torch.empty(total, dtype=torch.int16 if small else torch.int32, device=device)
         gaussians = torch.empty(total, dtype=torch.int32, device=device)
-        _list_tiles[grid](*inputs, ends, tiles, gaussians, **options)
+        _list_tiles[grid](*inputs, ends, tiles, gaussians, first, **options)
     tiles, permutation = torch.sort(tiles, stable=True)
-    every_tile = torch.arange(columns * rows, dtype=tiles.dtype, device=device)
+    every_tile = torch.arange(first, first + columns * rows, dtype=tiles.dtype, device=device)
     offsets = torch.searchsorted(tiles, every_tile, out_int32=True)
     del tiles
     return TileLists(offsets.view(1, rows, columns), gaussians[permutation])
@@ -128,6 +136,7 @@ def _load(
     columns,
     rows,
     RADII: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """This program's Gaussians: ranks, indices, rows [top, bottom) of the square, and a shape.
@@ -147,13 +156,18 @@ def _load(
     c = tl.load(conics + 3 * i + 2, mask=live, other=0.0)
     opacity = tl.load(opacities + i, mask=live, other=0.0)
 
-    # gsplat's square, with its rounding.
-    tile_x = x * _PER_TILE
-    tile_y = y * _PER_TILE
-    first = _clamp(tl.floor(tile_x - radius_x * _PER_TILE), 0.0, columns.to(tl.float32))
-    end = _clamp(tl.ceil(tile_x + radius_x * _PER_TILE), 0.0, columns.to(tl.float32))
-    top = _clamp(tl.floor(tile_y - radius_y * _PER_TILE), 0.0, rows.to(tl.float32)).to(tl.int32)
-    bottom = _clamp(tl.ceil(tile_y + radius_y * _PER_TILE), 0.0, rows.to(tl.float32)).to(tl.int32)
+    # gsplat's square, with its rounding, in our tiles.
+    tile_x = x * _PER_SQUARE
+    tile_y = y * _PER_SQUARE
+    parts: tl.constexpr = _SQUARE // TILE
+    first = tl.floor(tile_x - radius_x * _PER_SQUARE) * parts
+    end = tl.ceil(tile_x + radius_x * _PER_SQUARE) * parts
+    top = tl.floor(tile_y - radius_y * _PER_SQUARE) * parts
+    bottom = tl.ceil(tile_y + radius_y * _PER_SQUARE) * parts
+    first = _clamp(first, 0.0, columns.to(tl.float32))
+    end = _clamp(end, 0.0, columns.to(tl.float32))
+    top = _clamp(top, 0.0, rows.to(tl.float32)).to(tl.int32)
+    bottom = _clamp(bottom, 0.0, rows.to(tl.float32)).to(tl.int32)
 
     # A product of float32s is exact in float64: the determinant of a needle would cancel.
     a64 = a.to(tl.float64)
@@ -163,8 +177,8 @@ def _load(
     # sigma rounds by a part of its terms' size. That is at most so much at any pixel of the square,
     # and in proportion to sigma 4 ac / det: the former is far less for needles askew, the latter
     # for all others.
-    dx = radius_x + _TILE
-    dy = radius_y + _TILE
+    dx = radius_x + _SQUARE
+    dy = radius_y + _SQUARE
     terms = 0.5 * (a * dx * dx + c * dy * dy) + tl.abs(b) * dx * dy
     proportion = _SIGMA_ROUNDING * 4.0 * (a * c_by_det)
     limit = tl.log(255.0 * opacity) + _LOG_SLACK
@@ -200,14 +214,16 @@ def _load(
 
 
 @triton.jit
-def _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end):
+def _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end, TILE: tl.constexpr):
     """First column, and number, of the tiles of a row that a Gaussian's shape touches.
 
     The ellipse, convex, reaches farthest left or right within a band of rows where it does so at
     all, if that is in the band, else at the nearer edge of the band.
     """
-    upper = row.to(tl.float32) * _TILE + 0.5 - y
-    lower = row.to(tl.float32) * _TILE + _LAST_CENTRE - y
+    per_tile: tl.constexpr = 1 / TILE
+    last_centre: tl.constexpr = TILE - 0.5
+    upper = row.to(tl.float32) * TILE + 0.5 - y
+    lower = row.to(tl.float32) * TILE + last_centre - y
     y_left = _clamp(tip, upper, lower)
     y_right = _clamp(-tip, upper, lower)
     square_left = spread - narrowing * y_left * y_left
@@ -215,9 +231,9 @@ def _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end):
     missed = (square_left < 0.0) & (square_right < 0.0)
     left += -slope * y_left - tl.sqrt(tl.maximum(square_left, 0.0))
     right += -slope * y_right + tl.sqrt(tl.maximum(square_right, 0.0))
-    # Tile t has pixel centres from 16 t + 0.5 to 16 t + 15.5.
-    start = _clamp(tl.ceil((left - _LAST_CENTRE) * _PER_TILE), first, end)
-    stop = _clamp(tl.floor((right - 0.5) * _PER_TILE) + 1.0, start, end)
+    # Tiles t of 16 pixels, say, have pixel centres from 16 t + 0.5 to 16 t + 15.5.
+    start = _clamp(tl.ceil((left - last_centre) * per_tile), first, end)
+    stop = _clamp(tl.floor((right - 0.5) * per_tile) + 1.0, start, end)
     return start.to(tl.int32), tl.where(missed, 0.0, stop - start).to(tl.int32)
 
 
@@ -233,24 +249,27 @@ def _count_tiles(
     rows,
     counts,  # [n] int32, in that order
     RADII: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """How many tiles each Gaussian touches."""
     rank, _i, top, bottom, left, right, y, slope, spread, narrowing, tip, first, end = _load(
-        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, BLOCK
+        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, TILE, BLOCK
     )
     count = tl.zeros([BLOCK], tl.int32)
     step = 0
     steps = tl.max(bottom - top)
     while step < steps:
         row = top + step
-        _start, length = _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end)
+        _start, length = _row_run(
+            row, left, right, y, slope, spread, narrowing, tip, first, end, TILE
+        )
         count += tl.where(row < bottom, length, 0)
         step += 1
     tl.store(counts + rank, count, mask=rank < n)
 
 
-@triton.jit(do_not_specialize=["n", "columns", "rows"])
+@triton.jit(do_not_specialize=["n", "columns", "rows", "first_tile"])
 def _list_tiles(
     order,  # [n] int64, front to back
     means2d,
@@ -263,25 +282,30 @@ def _list_tiles(
     ends,  # [n] int64, sums of the counts
     tiles,  # [I] int16 or int32
     gaussians,  # [I] int32
+    first_tile,  # number of the first tile
     RADII: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A tile and a Gaussian for each pair of the two, the Gaussians front to back."""
     rank, i, top, bottom, left, right, y, slope, spread, narrowing, tip, first, end = _load(
-        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, BLOCK
+        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, TILE, BLOCK
     )
     at = tl.load(ends + rank - 1, mask=(rank > 0) & (rank < n), other=0)
     step = 0
     steps = tl.max(bottom - top)
     while step < steps:
         row = top + step
-        start, length = _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end)
+        start, length = _row_run(
+            row, left, right, y, slope, spread, narrowing, tip, first, end, TILE
+        )
         length = tl.where(row < bottom, length, 0)
         column = 0
         longest = tl.max(length)
         while column < longest:
             inside = column < length
-            tl.store(tiles + at + column, row * columns + start + column, mask=inside)
+            tile = first_tile + row * columns + start + column
+            tl.store(tiles + at + column, tile, mask=inside)
             tl.store(gaussians + at + column, i, mask=inside)
             column += 1
         at += length
