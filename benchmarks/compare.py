@@ -46,6 +46,7 @@ def child_command(args: CompareArgs) -> Command:
         words += ["--overrides", *spec.overrides] if spec.overrides else []
         if args.dataparser_overrides:
             words += ["--dataparser-overrides", *args.dataparser_overrides]
+        words += ["--profile-steps", str(args.profile_steps)] if args.profile_steps else []
         if args.save_images is not None:
             words += ["--save-images", str(args.save_images), "--images", str(args.images)]
             words += ["--name", f"{args.scene_name}-{spec.label}"]

@@ -71,6 +71,8 @@ class CompareArgs:
     """Folder for JPEGs of held-out views: truth | render, and the render alone (100 kB at most)."""
     images: int = 3
     """Held-out views to save for every run."""
+    profile_steps: int = 0
+    """GPU steps to profile, before those that are timed; wall time includes what that takes."""
     timeout: float | None = None
     """Seconds after which a run is ended and recorded as failed."""
     logs: Path = field(default_factory=lambda: Path("outputs/benchmarks"))
@@ -78,8 +80,10 @@ class CompareArgs:
 
     def check(self) -> None:
         """Raise on arguments that would only fail minutes later."""
-        if self.steps < 1 or self.parallel < 1 or self.images < 0:
-            raise PlanError("--steps and --parallel must be at least 1, --images at least 0")
+        if self.steps < 1 or self.parallel < 1 or self.images < 0 or self.profile_steps < 0:
+            raise PlanError(
+                "--steps and --parallel must be at least 1, --images and --profile-steps at least 0"
+            )
         if not (self.methods and self.seeds and self.engines):
             raise PlanError("give at least one method, one engine and one seed")
         strangers = settings.targets(list(self.overrides)) - set(self.methods)
@@ -129,4 +133,6 @@ class CompareArgs:
             words += ["--dataparser-overrides", *self.dataparser_overrides]
         if self.parallel > 1:
             words += ["--parallel", str(self.parallel)]
+        if self.profile_steps:
+            words += ["--profile-steps", str(self.profile_steps)]
         return shlex.join(words)

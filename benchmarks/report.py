@@ -90,6 +90,9 @@ def section(name: str, comparison: Comparison) -> str:
     culling = tables.culling_table(comparison)
     if culling.rows:
         lines += ["", "The culler, on the held-out views:", "", *markdown(culling)]
+    kernels = tables.kernel_table(comparison)
+    if kernels.rows:
+        lines += ["", "Profiled steps, and what the GPU did in them:", "", *markdown(kernels)]
     failed = tables.failures(comparison)
     if failed:
         lines += ["", "Failed:", "", *[f"- {_escape(sentence)}" for sentence in failed]]

@@ -55,6 +55,8 @@ class Run:
     peak_gpu_allocated_bytes: int | None = None
     peak_gpu_reserved_bytes: int | None = None
     peak_host_bytes: int | None = None
+    profile: dict[str, Any] | None = None
+    """What the GPU spent its time on, see benchmarks/gpu_profile.py."""
     visible_share: float | None = None
     """This and the next three: the culler on the held-out views, see benchmarks/culling.py."""
     culled_per_drawn: float | None = None

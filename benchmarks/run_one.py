@@ -58,6 +58,8 @@ class RunArgs:
     """Held-out views to save."""
     name: str = "run"
     """First part of the images' names."""
+    profile_steps: int = 0
+    """Steps to profile, before those that are timed."""
 
 
 def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
@@ -67,7 +69,8 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
 
     from benchmarks import cpu_splatfacto, images, ns_config
     from benchmarks.culling import check_culling
-    from benchmarks.meter import TrainingMeter
+    from benchmarks.gpu_profile import TrainingProfile
+    from benchmarks.meter import TrainingMeter, timed_steps
     from benchmarks.offline import ensure_lpips_backbone
 
     arguments = ns_config.train_arguments(
@@ -95,6 +98,15 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     trainer.setup()
     if not len(trainer.pipeline.datamanager.eval_dataset):
         raise RuntimeError("the scene has no held-out image; try eval-mode=interval")
+    begin = args.steps - timed_steps(args.steps) - args.profile_steps - 1
+    profile = TrainingProfile(begin, args.profile_steps)
+    if args.profile_steps:
+        if begin < 1 or config.machine.device_type != "cuda":
+            raise RuntimeError(
+                "--profile-steps profiles the GPU in steps before the timed ones: it takes a GPU "
+                f"and a longer training than {args.steps} steps"
+            )
+        trainer.callbacks.append(profile.callback())
     trainer.callbacks.append(meter.callback())
     # The final checkpoint (13 GB for 20 M Gaussians) is not wanted and lies behind the last
     # measured step; its other steps, among them the AFTER_TRAIN callbacks, stay.
@@ -123,6 +135,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
         "training_ssim": fmean(view["ssim"] for view in trained),
         "held_out_images": len(pipeline.datamanager.eval_dataset),
         "gaussians": int(pipeline.model.num_points),
+        "profile": profile.result,
         **meter.result,
         **check_culling(pipeline),
     }

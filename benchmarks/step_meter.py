@@ -6,10 +6,7 @@ ends but record an event a step.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from statistics import fmean, median
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 
 from benchmarks.clock import Clock
 from benchmarks.exposed import exposed_transfer
+from benchmarks.gpu_profile import busy_ms, gpu_profiler, gpu_work
 from benchmarks.host_memory import peak_host_bytes
 from benchmarks.progress import ProgressFile
 from benchmarks.step_methods import Method
@@ -24,8 +22,6 @@ from benchmarks.step_methods import Method
 PHASES = ("forward_ms", "backward_ms", "optimizer_ms")
 PHASE_STEPS = 10
 PROFILED_STEPS = 5
-GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-"""Categories of a trace's events that occupy the GPU."""
 
 UPCOMING = 24
 """Views that a method is told of in advance, like those of an epoch are known to a data manager."""
@@ -129,29 +125,13 @@ def gpu_busy(
     if not clock.cuda:
         return nothing
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with gpu_profiler() as profile:
             start = clock.synchronize()
             for _ in range(PROFILED_STEPS):
                 method.step(*next(order), mark=_nothing)
             wall = (clock.synchronize() - start) * 1e3
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace.json")
-            profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        busy = busy_ms(gpu_work(profile))
     except (RuntimeError, OSError, ValueError) as error:
         print(f"no profile: {error}", flush=True)  # CUPTI may be missing or not allowed
         return nothing
-    work = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in GPU_WORK]
-    if not work:
-        return nothing
-    busy = covered(work) / 1e3
     return {"gpu_busy_ms": busy / PROFILED_STEPS, "gpu_busy_share": busy / wall}
-
-
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

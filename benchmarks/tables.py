@@ -95,6 +95,24 @@ def culling_table(comparison: Comparison) -> TextTable:
     return TextTable(columns, rows)
 
 
+def kernel_table(comparison: Comparison) -> TextTable:
+    """One row a kernel: GPU milliseconds of a step in the profiled runs, seed by seed."""
+    runs = [
+        (f"{group.label}, seed {run.seed}", run.profile)
+        for group in group_runs(comparison)
+        for run in group.runs
+        if run.profile is not None
+    ]
+    names = list(dict.fromkeys(name for _, profile in runs for name in profile["kernels"]))
+    longest = sorted(names, key=lambda name: -max(p["kernels"].get(name, 0.0) for _, p in runs))
+    rows = [["a step", *(_text(p["ms"], "{:.2f}") for _, p in runs)]]
+    rows += [["the GPU is busy", *(_text(p["busy_ms"], "{:.2f}") for _, p in runs)]]
+    rows += [
+        [name, *(_text(p["kernels"].get(name), "{:.2f}") for _, p in runs)] for name in longest
+    ]
+    return TextTable(["ms", *(label for label, _ in runs)], rows if runs else [])
+
+
 def failures(comparison: Comparison) -> list[str]:
     """A sentence for every failed run."""
     return [

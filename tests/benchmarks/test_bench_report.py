@@ -88,6 +88,26 @@ def test_tables(make_run, make_comparison):
     assert tables.failures(comparison) == ["gsscale (host), seed 42: killed"]
 
 
+def test_what_the_gpu_did_stands_below_the_runs(tmp_path, make_run, make_comparison):
+    profile = {"steps": 20, "ms": 17.4, "busy_ms": 16.0, "kernels": {"copy": 1.0, "draw": 9.5}}
+    slow = {**profile, "kernels": {"adam": 20.0, "copy": 3.0}}
+    comparison = make_comparison(
+        [make_run(profile=slow), make_run("gsscale", profile=profile), make_run(seed=43)]
+    )
+    table = tables.kernel_table(comparison)
+    assert table.columns == ["ms", "splatfacto, seed 42", "gsscale (host), seed 42"]
+    assert table.rows == [
+        ["a step", "17.40", "17.40"],
+        ["the GPU is busy", "16.00", "16.00"],
+        ["adam", "20.00", "-"],
+        ["draw", "-", "9.50"],
+        ["copy", "3.00", "1.00"],
+    ]
+    results.save(comparison, tmp_path / "a.json")
+    assert "| draw | - | 9.50 |" in report.page(tmp_path)
+    assert not tables.kernel_table(make_comparison([make_run()])).rows
+
+
 def test_empty_page(tmp_path):
     text = report.page(tmp_path)
     assert "no results yet" in text and "it/s" not in text

@@ -187,11 +187,6 @@ def test_views_come_in_epochs_and_know_the_next():
     assert next(step_meter.view_order(1, seed=0)) == (0, [0] * step_meter.UPCOMING)
 
 
-def test_overlapping_work_counts_once():
-    assert step_meter.covered([]) == 0
-    assert step_meter.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
-
-
 class Counting:
     """A method that does nothing but count."""
 
