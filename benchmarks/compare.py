@@ -46,6 +46,9 @@ def child_command(args: CompareArgs) -> Command:
         words += ["--overrides", *spec.overrides] if spec.overrides else []
         if args.dataparser_overrides:
             words += ["--dataparser-overrides", *args.dataparser_overrides]
+        words += ["--cap-gb", str(args.cap_gb)] if args.cap_gb is not None else []
+        words += ["--evaluate-every", str(args.evaluate_every)] if args.evaluate_every else []
+        words += ["--perceptual"] if args.perceptual else []
         words += ["--profile-steps", str(args.profile_steps)] if args.profile_steps else []
         if args.save_images is not None:
             words += ["--save-images", str(args.save_images), "--images", str(args.images)]
@@ -68,6 +71,7 @@ def open_comparison(args: CompareArgs) -> tuple[Comparison, Comparison]:
         machine=machine_info.describe_apart(),
         commit=machine_info.commit(args.commit),
         command=args.command(),
+        cap_gb=args.cap_gb,
     )
     if args.append is None:
         return call, call
@@ -127,7 +131,10 @@ def compare(args: CompareArgs, console: Console, command: Command | None = None)
         results.save(comparison, path)
         minutes = f"{outcome.seconds / 60:.1f} min"
         if run.error is None:
-            console.print(f"finished {outcome.spec.label} after {minutes}: PSNR {run.psnr:.2f}")
+            ended = f", {run.ended}" if run.ended else ""
+            console.print(
+                f"finished {outcome.spec.label} after {minutes}{ended}: PSNR {run.psnr:.2f}"
+            )
         else:
             failed += 1
             console.print(f"[bold red]failed[/] {outcome.spec.label} after {minutes}:")
@@ -153,8 +160,13 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     """Both tables and the failures."""
     console.print(f"{comparison.scene}, {comparison.steps:,} steps", style="bold")
     say(tables.describe_machine(comparison.machine), console)
-    for text in (tables.run_table(comparison), tables.summary_table(comparison)):
-        show(text, console)
+    for text in (
+        tables.run_table(comparison),
+        tables.summary_table(comparison),
+        tables.course_table(comparison),
+    ):
+        if text.rows:
+            show(text, console)
     for sentence in tables.failures(comparison):
         console.print(f"[bold red]failed[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 

@@ -12,6 +12,8 @@ import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from PIL import Image
 
+from benchmarks import perceptual
+
 MAX_BYTES = 100_000
 MAX_SIDE = 1200
 """Longest side of a single view, in pixels; a pair is twice as wide."""
@@ -58,9 +60,17 @@ def held_out_views(
 
 
 @torch.no_grad()
-def metrics_of_views(pipeline: VanillaPipeline) -> list[dict[str, float]]:
-    """The metrics of each held-out view, as Nerfstudio averages them."""
-    return _metrics(pipeline, pipeline.datamanager.fixed_indices_eval_dataloader)
+def metrics_of_views(
+    pipeline: VanillaPipeline, perceptual_too: bool = False
+) -> list[dict[str, float]]:
+    """The metrics of each held-out view, as Nerfstudio averages them.
+
+    Args:
+        pipeline: of a training.
+        perceptual_too: with those of :mod:`benchmarks.perceptual`.
+    """
+    views = pipeline.datamanager.fixed_indices_eval_dataloader
+    return _metrics(pipeline, views, perceptual_too)
 
 
 @torch.no_grad()
@@ -72,15 +82,20 @@ def metrics_of_training_views(pipeline: VanillaPipeline, count: int) -> list[dic
     return _metrics(pipeline, ((cameras[i : i + 1], images[i]) for i in chosen))
 
 
-def _metrics(pipeline: VanillaPipeline, views: Any) -> list[dict[str, float]]:
+def _metrics(
+    pipeline: VanillaPipeline, views: Any, perceptual_too: bool = False
+) -> list[dict[str, float]]:
     model: Any = pipeline.model
     pipeline.eval()
-    metrics = [
-        model.get_image_metrics_and_images(
-            model.get_outputs_for_camera(camera=camera.to(pipeline.device)), batch
-        )[0]
-        for camera, batch in views
-    ]
+    metrics = []
+    for camera, batch in views:
+        outputs = model.get_outputs_for_camera(camera=camera.to(pipeline.device))
+        metrics.append(model.get_image_metrics_and_images(outputs, batch)[0])
+        if perceptual_too:
+            truth = model.composite_with_background(
+                model.get_gt_img(batch["image"]), outputs["background"]
+            )
+            metrics[-1].update(perceptual.measures(truth, outputs["rgb"]))
     pipeline.train()
     return metrics
 

@@ -71,6 +71,13 @@ class CompareArgs:
     """Folder for JPEGs of held-out views: truth | render, and the render alone (100 kB at most)."""
     images: int = 3
     """Held-out views to save for every run."""
+    cap_gb: float | None = None
+    """GPU memory that each run may have in all, as on a card of this size; gsscale is told, too."""
+    evaluate_every: int = 0
+    """Steps between evaluations on the way, 0 for none. A run that runs out of memory is recorded
+    with its best one."""
+    perceptual: bool = False
+    """Measure MS-SSIM and FLIP on the held-out images, too; pip install flip-evaluator."""
     profile_steps: int = 0
     """GPU steps to profile, before those that are timed; wall time includes what that takes."""
     timeout: float | None = None
@@ -80,10 +87,12 @@ class CompareArgs:
 
     def check(self) -> None:
         """Raise on arguments that would only fail minutes later."""
-        if self.steps < 1 or self.parallel < 1 or self.images < 0 or self.profile_steps < 0:
-            raise PlanError(
-                "--steps and --parallel must be at least 1, --images and --profile-steps at least 0"
-            )
+        if min(self.steps, self.parallel) < 1:
+            raise PlanError("--steps and --parallel must be at least 1")
+        if min(self.images, self.profile_steps, self.evaluate_every) < 0:
+            raise PlanError("--images, --profile-steps and --evaluate-every must be at least 0")
+        if self.cap_gb is not None and (self.cap_gb <= 0 or self.parallel > 1):
+            raise PlanError("--cap-gb takes gigabytes, and runs that have the GPU for themselves")
         if not (self.methods and self.seeds and self.engines):
             raise PlanError("give at least one method, one engine and one seed")
         strangers = settings.targets(list(self.overrides)) - set(self.methods)
@@ -133,6 +142,8 @@ class CompareArgs:
             words += ["--dataparser-overrides", *self.dataparser_overrides]
         if self.parallel > 1:
             words += ["--parallel", str(self.parallel)]
-        if self.profile_steps:
-            words += ["--profile-steps", str(self.profile_steps)]
+        words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
+        words += ["--evaluate-every", str(self.evaluate_every)] if self.evaluate_every else []
+        words += ["--perceptual"] if self.perceptual else []
+        words += ["--profile-steps", str(self.profile_steps)] if self.profile_steps else []
         return shlex.join(words)

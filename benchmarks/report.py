@@ -37,6 +37,7 @@ LEGEND = """
 - **PSNR**, **SSIM**: means over the images held out from training, as Nerfstudio evaluates them.
 - **lowest**: PSNR of the held-out image that came out worst; something afloat before one of them
   moves the mean, too.
+- **MS-SSIM** (1 is alike), **FLIP** (0 is alike; mean, 67 pixels to the degree): where asked for.
 - **training PSNR**: mean over up to 40 of the images that were trained on. No proof of quality, but
   nearly the same in all runs of a method, so that a difference between methods would show.
 - **it/s**: over the last 1000 steps (the last half of a shorter run), with the GPU's queue empty at
@@ -80,6 +81,8 @@ def section(name: str, comparison: Comparison) -> str:
     lines = ["", f"## {comparison.scene}, {comparison.steps:,} steps", ""]
     lines += [f"- Machine: {_escape(tables.describe_machine(comparison.machine))}"]
     lines += [f"- Commit: `{comparison.commit}`"]
+    if comparison.cap_gb is not None:
+        lines += [f"- GPU memory: {comparison.cap_gb:g} GB for each run in all"]
     if comparison.overrides:
         lines += ["- Settings of all methods: " + ", ".join(f"`{o}`" for o in comparison.overrides)]
     lines += [f"- Data: `{' '.join(comparison.dataparser)}`; {_held_out(comparison)}"]
@@ -90,6 +93,10 @@ def section(name: str, comparison: Comparison) -> str:
     culling = tables.culling_table(comparison)
     if culling.rows:
         lines += ["", "The culler, on the held-out views:", "", *markdown(culling)]
+    course = tables.course_table(comparison)
+    if course.rows:
+        lines += ["", "The best evaluation of a run that ended early, else the last:", ""]
+        lines += markdown(course)
     kernels = tables.kernel_table(comparison)
     if kernels.rows:
         lines += ["", "Profiled steps, and what the GPU did in them:", "", *markdown(kernels)]

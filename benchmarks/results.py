@@ -28,7 +28,10 @@ class ResultsError(BenchmarkError):
 
 @dataclass
 class Run:
-    """One training and its evaluation on the held-out images. ``None`` means not measured."""
+    """One training and its evaluation on the held-out images. ``None`` means not measured.
+
+    Of a run that ended before its time (``ended``) these are the measures of its best evaluation.
+    """
 
     method: str
     engine: str | None
@@ -39,6 +42,9 @@ class Run:
     psnr: float | None = None
     """Mean over the held-out images, in dB."""
     ssim: float | None = None
+    ms_ssim: float | None = None
+    flip: float | None = None
+    """This and the one before: see benchmarks/perceptual.py."""
     psnr_of_views: list[float] | None = None
     """Of each held-out image: a floater before one of them moves the mean, too."""
     training_psnr: float | None = None
@@ -47,6 +53,12 @@ class Run:
     training_ssim: float | None = None
     held_out_images: int | None = None
     gaussians: int | None = None
+    at_step: int | None = None
+    """Steps after which all of this was measured."""
+    ended: str | None = None
+    """Where and why the run ended before its time."""
+    course: list[dict[str, Any]] | None = None
+    """The same measures on the way there."""
     it_per_s_last_1000: float | None = None
     timed_steps: int | None = None
     """Steps behind ``it_per_s_last_1000``: 1000, or half of a run shorter than 2000."""
@@ -75,7 +87,8 @@ class Run:
 
     def settles(self, timed: bool) -> bool:
         """Whether this run needs no repetition, where ``timed`` says that timings are wanted."""
-        return self.error is None and (self.it_per_s_last_1000 is not None or not timed)
+        complete = self.it_per_s_last_1000 is not None or self.ended is not None
+        return self.error is None and (complete or not timed)
 
 
 @dataclass
@@ -92,6 +105,8 @@ class Comparison:
     commit: str
     command: str
     """One line for each call that added runs; the scene's path is cut to its name."""
+    cap_gb: float | None = None
+    """GPU memory that each run might have in all."""
     runs: list[Run] = field(default_factory=list)
 
     def check_compatible(self, other: Comparison, allow_mixed: bool = False) -> None:
@@ -99,7 +114,7 @@ class Comparison:
 
         Another commit or machine is refused unless ``allow_mixed``; other work never fits.
         """
-        keys = ["scene", "steps", "overrides", "dataparser"]
+        keys = ["scene", "steps", "overrides", "dataparser", "cap_gb"]
         keys += [] if allow_mixed else ["commit", "machine"]
         for key in keys:
             mine, theirs = getattr(self, key), getattr(other, key)
@@ -144,7 +159,7 @@ def to_json(comparison: Comparison) -> str:
     """The file's text. Keys that say nothing new (``machine`` of a run) are left out."""
     data = dataclasses.asdict(comparison)
     for run in data["runs"]:
-        for key in ("machine", "error"):
+        for key in ("machine", "error", "ended", "course"):
             if run[key] is None:
                 del run[key]
     return json.dumps({"kind": KIND, **data}, indent=1, allow_nan=False) + "\n"

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
+import torch
 import tyro
 
 from benchmarks import child
@@ -26,6 +27,9 @@ from benchmarks.progress import ProgressFile
 
 TRAINING_VIEWS = 40
 """Training images that are evaluated at most, for their mean."""
+
+MEASURES = ("psnr", "ssim", "ms_ssim", "flip")
+"""Of a held-out view. Not LPIPS, whose weights may be made up."""
 
 
 @dataclass
@@ -60,6 +64,12 @@ class RunArgs:
     """First part of the images' names."""
     profile_steps: int = 0
     """Steps to profile, before those that are timed."""
+    cap_gb: float | None = None
+    """GPU memory that the run may have in all."""
+    evaluate_every: int = 0
+    """Steps between evaluations on the way; 0 for none."""
+    perceptual: bool = False
+    """Whether to measure MS-SSIM and FLIP, too."""
 
 
 def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
@@ -67,19 +77,25 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     from nerfstudio.scripts import train as ns_train
     from nerfstudio.utils import profiler
 
-    from benchmarks import cpu_splatfacto, images, ns_config
+    from benchmarks import cpu_splatfacto, images, ns_config, perceptual
+    from benchmarks.course import Course
     from benchmarks.culling import check_culling
     from benchmarks.gpu_profile import TrainingProfile
+    from benchmarks.memory_cap import cap_gpu_memory
     from benchmarks.meter import TrainingMeter, timed_steps
     from benchmarks.offline import ensure_lpips_backbone
 
+    settings = list(args.overrides)
+    budget = "pipeline.model.vram-budget-gb"
+    if args.cap_gb is not None and args.engine and not any(budget in one for one in settings):
+        settings.append(f"{budget}={args.cap_gb}")  # a card of that size would have said so
     arguments = ns_config.train_arguments(
         method=args.method,
         scene=args.scene,
         steps=args.steps,
         seed=args.seed,
         engine=args.engine,
-        overrides=list(args.overrides),
+        overrides=settings,
         dataparser_overrides=list(args.dataparser_overrides),
         output_dir=output_dir,
     )
@@ -90,54 +106,85 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     if args.method in cpu_splatfacto.METHODS and config.machine.device_type == "cpu":
         cpu_splatfacto.let_it_run()
 
+    cuda = config.machine.device_type == "cuda"
+    if args.cap_gb is not None:
+        if not cuda:
+            raise RuntimeError("--cap-gb is about a GPU's memory, and this run has none")
+        cap_gpu_memory(args.cap_gb)
     progress = ProgressFile(args.progress, args.steps)
     progress.phase("setting up", 0)
-    meter = TrainingMeter(args.steps, config.machine.device_type == "cuda", progress.step)
+    meter = TrainingMeter(args.steps, cuda, progress.step)
     ns_train._set_random_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
-    if not len(trainer.pipeline.datamanager.eval_dataset):
+    pipeline = trainer.pipeline
+    held_out = pipeline.datamanager.eval_dataset
+    if not len(held_out):
         raise RuntimeError("the scene has no held-out image; try eval-mode=interval")
-    begin = args.steps - timed_steps(args.steps) - args.profile_steps - 1
-    profile = TrainingProfile(begin, args.profile_steps)
+    if args.perceptual:
+        cameras = held_out.cameras
+        perceptual.check(int(min(cameras.height.min(), cameras.width.min())))
+
+    def evaluate(steps: int) -> dict[str, Any]:
+        return {"at_step": steps, **_evaluation(pipeline, args)}
+
+    untimed = args.steps - timed_steps(args.steps)
+    course = Course(args.evaluate_every, untimed, evaluate)
+    profile = TrainingProfile(untimed - args.profile_steps - 1, args.profile_steps)
     if args.profile_steps:
-        if begin < 1 or config.machine.device_type != "cuda":
+        if profile.begin < 1 or not cuda:
             raise RuntimeError(
                 "--profile-steps profiles the GPU in steps before the timed ones: it takes a GPU "
                 f"and a longer training than {args.steps} steps"
             )
         trainer.callbacks.append(profile.callback())
-    trainer.callbacks.append(meter.callback())
+    trainer.callbacks += [course.callback(), meter.callback()]
     # The final checkpoint (13 GB for 20 M Gaussians) is not wanted and lies behind the last
     # measured step; its other steps, among them the AFTER_TRAIN callbacks, stay.
     trainer.save_checkpoint = lambda step: None
     meter.start()
-    trainer.train()
+    try:
+        trainer.train()
+    except torch.cuda.OutOfMemoryError:
+        if not course.evaluations:
+            raise
+        n = int(pipeline.model.num_points)
+        ended = f"out of GPU memory in step {course.steps_done + 1}, with {n:,} Gaussians"
+        return {**course.best(), "course": course.evaluations, "ended": ended}
     profiler.flush_profiler(config.logging)
     if meter.result is None:
         raise RuntimeError(f"training ended before step {args.steps}")
 
     progress.phase("evaluating", args.steps)
-    pipeline = trainer.pipeline
-    views = images.metrics_of_views(pipeline)
-    metrics = {key: fmean(view[key] for view in views) for key in ("psnr", "ssim")}
-    for key, mean in metrics.items():
-        if not math.isfinite(mean):
-            raise RuntimeError(f"{key} on the held-out images is {mean}")
+    last = evaluate(args.steps)
     trained = images.metrics_of_training_views(pipeline, TRAINING_VIEWS)
-    if args.save_images is not None:
-        images.save_views(pipeline, args.save_images, args.name, args.images)
     return {
-        "psnr": metrics["psnr"],
-        "ssim": metrics["ssim"],
-        "psnr_of_views": [round(float(view["psnr"]), 3) for view in views],
+        **last,
         "training_psnr": fmean(view["psnr"] for view in trained),
         "training_ssim": fmean(view["ssim"] for view in trained),
-        "held_out_images": len(pipeline.datamanager.eval_dataset),
-        "gaussians": int(pipeline.model.num_points),
+        "course": [*course.evaluations, last] if args.evaluate_every else None,
         "profile": profile.result,
         **meter.result,
         **check_culling(pipeline),
+    }
+
+
+def _evaluation(pipeline: Any, args: RunArgs) -> dict[str, Any]:
+    """What the held-out views say of a training, as fields of :class:`benchmarks.results.Run`."""
+    from benchmarks import images
+
+    views = images.metrics_of_views(pipeline, args.perceptual)
+    means = {key: fmean(view[key] for view in views) for key in views[0] if key in MEASURES}
+    for key, mean in means.items():
+        if not math.isfinite(mean):
+            raise RuntimeError(f"{key} on the held-out images is {mean}")
+    if args.save_images is not None:
+        images.save_views(pipeline, args.save_images, args.name, args.images)
+    return {
+        **means,
+        "psnr_of_views": [round(float(view["psnr"]), 3) for view in views],
+        "held_out_images": len(views),
+        "gaussians": int(pipeline.model.num_points),
     }
 
 

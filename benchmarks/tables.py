@@ -95,6 +95,28 @@ def culling_table(comparison: Comparison) -> TextTable:
     return TextTable(columns, rows)
 
 
+def course_table(comparison: Comparison) -> TextTable:
+    """One row a run that was evaluated on its way, ended early, or has perceptual measures."""
+    columns = ["method", "seed", "PSNR", "SSIM", "MS-SSIM", "FLIP", "Gaussians", "at step", "ended"]
+    rows = [
+        [
+            group.label,
+            str(run.seed),
+            _text(run.psnr, "{:.2f}"),
+            _text(run.ssim, "{:.4f}"),
+            _text(run.ms_ssim, "{:.4f}"),
+            _text(run.flip, "{:.4f}"),
+            _text(run.gaussians, "{:,}"),
+            _text(run.at_step, "{:,}"),
+            run.ended or "no",
+        ]
+        for group in group_runs(comparison)
+        for run in sorted(group.runs, key=lambda run: run.seed)
+        if run.course or run.ended or run.flip is not None
+    ]
+    return TextTable(columns, rows)
+
+
 def kernel_table(comparison: Comparison) -> TextTable:
     """One row a kernel: GPU milliseconds of a step in the profiled runs, seed by seed."""
     runs = [

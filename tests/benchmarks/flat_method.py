@@ -26,6 +26,8 @@ class FlatModelConfig(ModelConfig):
 
     _target: type = field(default_factory=lambda: FlatModel)
     start: float = 0.0
+    memory_ends_at: int = -1
+    """Image of training at which there is no more GPU memory."""
 
 
 class FlatModel(Model):
@@ -35,6 +37,7 @@ class FlatModel(Model):
 
     def populate_modules(self) -> None:
         self.colour = torch.nn.Parameter(torch.full((3,), self.config.start))
+        self.drawn = 0
 
     def get_param_groups(self):
         return {"colour": [self.colour]}
@@ -44,6 +47,10 @@ class FlatModel(Model):
         return super().state_dict(*args, **kwargs)
 
     def get_outputs(self, camera):
+        if self.training:
+            if self.drawn == self.config.memory_ends_at:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            self.drawn += 1
         shape = (int(camera.height.item()), int(camera.width.item()), 3)
         return {"rgb": self.colour.expand(shape), "background": torch.zeros(3)}
 

@@ -108,6 +108,22 @@ def test_what_the_gpu_did_stands_below_the_runs(tmp_path, make_run, make_compari
     assert not tables.kernel_table(make_comparison([make_run()])).rows
 
 
+def test_runs_that_ended_early_have_a_table(tmp_path, make_run, make_comparison):
+    ended = "out of GPU memory in step 901, with 5 Gaussians"
+    early = make_run(ended=ended, at_step=800, flip=0.1, ms_ssim=0.97, it_per_s_last_1000=None)
+    comparison = make_comparison([early, make_run("gsscale", at_step=15_000, flip=0.05)], cap_gb=8)
+    rows = tables.course_table(comparison).rows
+    assert rows[0][4:] == ["0.9700", "0.1000", "800,000", "800", ended]
+    assert rows[1][4:] == ["-", "0.0500", "800,000", "15,000", "no"]
+    results.save(comparison, tmp_path / "a.json")
+    page = report.page(tmp_path)
+    assert ended in page and "8 GB for each run" in page
+    assert early.settles(timed=True), "it cannot be timed"
+    assert not tables.course_table(make_comparison([make_run()])).rows
+    with pytest.raises(results.ResultsError, match="cap_gb"):
+        comparison.check_compatible(make_comparison([]))
+
+
 def test_empty_page(tmp_path):
     text = report.page(tmp_path)
     assert "no results yet" in text and "it/s" not in text

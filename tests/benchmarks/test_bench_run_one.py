@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import images, machine, meter, offline, run_one
+from benchmarks import images, machine, meter, offline, perceptual, run_one
 from benchmarks import progress as progress_file
+from benchmarks.errors import BenchmarkError
 from benchmarks.host_memory import peak_host_bytes
 from benchmarks.meter import TrainingMeter, timed_steps
 
@@ -275,6 +276,51 @@ def test_compare_with_a_real_run(tmp_path):
     (log,) = (tmp_path / "logs").iterdir()
     assert log.name == "flat-seed42.log"
     assert "checkpoint is written" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_evaluated_on_its_way_may_run_out_of_memory(tmp_path):
+    """Its best evaluation counts; the images' differences are those of one colour to another."""
+    pytest.importorskip("flip_evaluator")
+    scene = write_scene(tmp_path / "grey", scale=6)
+    weights = tmp_path / "cache" / "hub" / "checkpoints" / offline.BACKBONE
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    data = compare(
+        tmp_path,
+        scene,
+        *["--steps", "60", "--methods", "flat", "--evaluate-every", "10", "--perceptual"],
+        *["--overrides", "machine.device-type=cpu", "flat:pipeline.model.memory-ends-at=25"],
+        *["--dataparser-overrides", "eval-mode=interval", "eval-interval=2"],
+        PYTHONPATH=str(HERE),
+        NERFSTUDIO_METHOD_CONFIGS="flat=flat_method:flat",
+    )
+    (run,) = data["runs"]
+    assert run["ended"] == "out of GPU memory in step 26, with 7 Gaussians"
+    early, late = run["course"]
+    assert (early["at_step"], late["at_step"]) == (10, 20) and late["psnr"] > early["psnr"]
+    assert {name: run[name] for name in late} == late
+    assert 0 < late["flip"] < early["flip"] < 1 and early["ms_ssim"] < late["ms_ssim"] <= 1
+    assert run["it_per_s_last_1000"] is None and "error" not in run
+    assert "--evaluate-every 10 --perceptual" in data["command"]
+
+
+def test_perceptual_measures():
+    pytest.importorskip("flip_evaluator")
+    ramp = torch.linspace(0.2, 0.8, 200)[:, None, None].expand(200, 180, 3)
+    noise = 0.1 * torch.randn(200, 180, 3, generator=torch.Generator().manual_seed(0))
+    same, little, more = (perceptual.measures(ramp, ramp + k * noise) for k in (0, 0.5, 1))
+    assert same == {"ms_ssim": pytest.approx(1, abs=1e-6), "flip": pytest.approx(0, abs=1e-6)}
+    assert 1 > little["ms_ssim"] > more["ms_ssim"] and 0 < little["flip"] < more["flip"]
+    perceptual.check(180)
+    with pytest.raises(BenchmarkError, match=r"161 pixels.*not 160; leave it out"):
+        perceptual.check(160)
+
+
+def test_without_flip_a_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flip_evaluator", None)
+    with pytest.raises(BenchmarkError, match="pip install flip-evaluator"):
+        perceptual.check(500)
 
 
 @pytest.mark.slow
