@@ -26,6 +26,7 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
 from rich.console import Console
 
 from benchmarks import cli
+from benchmarks import overrides as settings
 from benchmarks.big_training import close_writers
 from benchmarks.cli import show
 from benchmarks.plan import PlanError
@@ -51,7 +52,8 @@ class TwinsArgs:
     engine: str = "auto"
     """Engine of gsscale."""
     overrides: tuple[str, ...] = ()
-    """Settings of the training that saved the checkpoint, as ns-train names them: NAME=VALUE."""
+    """Settings of the training that saved the checkpoint, as ns-train names them: NAME=VALUE.
+    With a method and a colon in front, for it alone: gsscale:pipeline.model.vram-budget-gb=4."""
     dataparser_overrides: tuple[str, ...] = ()
     """Settings of its dataparser: eval-interval=4."""
 
@@ -123,7 +125,7 @@ def continued(
             steps=args.marks[-1],
             seed=0,
             engine=args.engine if method == "gsscale" else None,
-            overrides=list(args.overrides),
+            overrides=settings.for_method(list(args.overrides), method),
             dataparser_overrides=list(args.dataparser_overrides),
             output_dir=folder,
         )

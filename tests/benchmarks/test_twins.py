@@ -25,8 +25,9 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> TwinsArgs:
     scene = tiny_scene(folder / "scene")
     trainer = train(make_config(scene, folder / "out", steps=7))
     (checkpoint,) = trainer.checkpoint_dir.glob("*.ckpt")
+    ours = ("gsscale:pipeline.model.vram-budget-gb=3", *SETTINGS)  # splatfacto has no such setting
     return TwinsArgs(
-        scene, checkpoint, (1, 4), "host", SETTINGS, ("eval-mode=interval", "eval-interval=4")
+        scene, checkpoint, (1, 4), "host", ours, ("eval-mode=interval", "eval-interval=4")
     )
 
 
