@@ -78,6 +78,12 @@ class TrainingMeter:
             "it_per_s_last_1000": self._window / window,
             "timed_steps": self._window,
             "wall_s": now - self._start,
+            **self.peaks(),
+        }
+
+    def peaks(self) -> dict[str, int | None]:
+        """Of memory, until now."""
+        return {
             "peak_gpu_allocated_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
             "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved() if self.cuda else None,
             "peak_host_bytes": peak_host_bytes(),

@@ -39,7 +39,7 @@ LEGEND = """
   moves the mean, too.
 - **MS-SSIM** (1 is alike), **FLIP** (0 is alike; mean, 67 pixels to the degree): where asked for.
 - **training PSNR**: mean over up to 40 of the images that were trained on. No proof of quality, but
-  nearly the same in all runs of a method, so that a difference between methods would show.
+  it scatters less from run to run than the mean over a few held-out images.
 - **it/s**: over the last 1000 steps (the last half of a shorter run), with the GPU's queue empty at
   both ends.
 - **wall s**: all training steps, loading the images included, without set-up and evaluation.

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
-import torch
 import tyro
 
 from benchmarks import child
@@ -84,6 +83,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     from benchmarks.memory_cap import cap_gpu_memory
     from benchmarks.meter import TrainingMeter, timed_steps
     from benchmarks.offline import ensure_lpips_backbone
+    from gsscale_nerfstudio.out_of_memory import is_out_of_memory
 
     settings = list(args.overrides)
     budget = "pipeline.model.vram-budget-gb"
@@ -145,12 +145,12 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     meter.start()
     try:
         trainer.train()
-    except torch.cuda.OutOfMemoryError:
-        if not course.evaluations:
+    except RuntimeError as error:
+        if not (is_out_of_memory(error) and course.evaluations):
             raise
         n = int(pipeline.model.num_points)
         ended = f"out of GPU memory in step {course.steps_done + 1}, with {n:,} Gaussians"
-        return {**course.best(), "course": course.evaluations, "ended": ended}
+        return {**course.best(), "course": course.evaluations, "ended": ended, **meter.peaks()}
     profiler.flush_profiler(config.logging)
     if meter.result is None:
         raise RuntimeError(f"training ended before step {args.steps}")

@@ -302,6 +302,7 @@ def test_a_run_that_is_evaluated_on_its_way_may_run_out_of_memory(tmp_path):
     assert {name: run[name] for name in late} == late
     assert 0 < late["flip"] < early["flip"] < 1 and early["ms_ssim"] < late["ms_ssim"] <= 1
     assert run["it_per_s_last_1000"] is None and "error" not in run
+    assert run["peak_host_bytes"] > 1e8
     assert "--evaluate-every 10 --perceptual" in data["command"]
 
 

@@ -131,7 +131,8 @@ def test_the_loss(accesses: dict[str, int], size: tuple[int, int]) -> None:
     assert len(accesses) == 2
 
 
+@pytest.mark.parametrize("tile", [16, 8])
 @pytest.mark.parametrize(("n", "width", "height"), [(1, 16, 16), (300, 100, 70), (1025, 640, 479)])
-def test_tile_lists(accesses: dict[str, int], n: int, width: int, height: int) -> None:
-    tile_lists(*splats(n, width, height, size=5.0, seed=1), width, height)
+def test_tile_lists(accesses: dict[str, int], n: int, width: int, height: int, tile: int) -> None:
+    tile_lists(*splats(n, width, height, size=5.0, seed=1), width, height, tile)
     assert len(accesses) == 2

@@ -48,6 +48,7 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
     }.items():
         monkeypatch.setattr(gsplat.cuda._wrapper, name, function)
     monkeypatch.setattr(tile_lists, "tile_lists", lists)
+    tile = tile_lists.TILE
     gaussians, view = scene(3).to(torch.float32).leaves(), camera(40, 50)
     *tensors, _ = gaussians
     colors = tensors[4]
@@ -73,8 +74,8 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
             "far_plane": 30.0,
             "calc_compensations": antialiased,
         },
-        "lists": {"radii": (3, 2) if two_radii else (3,), "size": (40, 50)},
-        "pixels": {"rest": (16, "offsets", "gaussians"), "absgrad": True},
+        "lists": {"radii": (3, 2) if two_radii else (3,), "size": (40, 50, tile)},
+        "pixels": {"rest": (tile, "offsets", "gaussians"), "absgrad": True},
     }
     assert rendering.rgb.shape == (50, 40, 3) and rendering.alpha.shape == (50, 40, 1)
     if depth:  # accumulated depth, divided by the accumulated opacity, half of it
