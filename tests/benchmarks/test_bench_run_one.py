@@ -241,24 +241,28 @@ def compare(tmp_path: Path, scene: Path, *words: str, **variables: str) -> dict[
     return json.loads(text)
 
 
-@pytest.mark.slow
-def test_compare_with_a_real_run(tmp_path):
-    """compare.py as a command: a training through Nerfstudio, images, the file."""
-    scene = write_scene(tmp_path / "grey")
-    # The placeholder's 233 MB are not what this tests.
+def compare_flat(tmp_path: Path, setting: str, *words: str, scale: int = 1) -> dict[str, Any]:
+    """What compare.py makes of 60 steps of :mod:`flat_method` with one of its settings."""
+    # The placeholder's 233 MB are not what these test.
     weights = tmp_path / "cache" / "hub" / "checkpoints" / offline.BACKBONE
     weights.parent.mkdir(parents=True)
     weights.touch()
-    data = compare(
+    return compare(
         tmp_path,
-        scene,
-        *["--steps", "60", "--methods", "flat"],
-        *["--overrides", "machine.device-type=cpu", "flat:pipeline.model.start=0.5"],
+        write_scene(tmp_path / "grey", scale=scale),
+        *["--steps", "60", "--methods", "flat", *words],
+        *["--overrides", "machine.device-type=cpu", f"flat:pipeline.model.{setting}"],
         *["--dataparser-overrides", "eval-mode=interval", "eval-interval=2"],
-        *["--save-images", str(tmp_path / "views"), "--images", "1"],
         PYTHONPATH=str(HERE),
         NERFSTUDIO_METHOD_CONFIGS="flat=flat_method:flat",
     )
+
+
+@pytest.mark.slow
+def test_compare_with_a_real_run(tmp_path):
+    """compare.py as a command: a training through Nerfstudio, images, the file."""
+    views = ["--save-images", str(tmp_path / "views"), "--images", "1"]
+    data = compare_flat(tmp_path, "start=0.5", *views)
     (run,) = data["runs"]
     assert 25 < run["psnr"] < 100 and run["ssim"] == 0.5 and run["gaussians"] == 7
     assert run["held_out_images"] == len(run["psnr_of_views"]) == 2
@@ -282,19 +286,8 @@ def test_compare_with_a_real_run(tmp_path):
 def test_a_run_that_is_evaluated_on_its_way_may_run_out_of_memory(tmp_path):
     """Its best evaluation counts; the images' differences are those of one colour to another."""
     pytest.importorskip("flip_evaluator")
-    scene = write_scene(tmp_path / "grey", scale=6)
-    weights = tmp_path / "cache" / "hub" / "checkpoints" / offline.BACKBONE
-    weights.parent.mkdir(parents=True)
-    weights.touch()
-    data = compare(
-        tmp_path,
-        scene,
-        *["--steps", "60", "--methods", "flat", "--evaluate-every", "10", "--perceptual"],
-        *["--overrides", "machine.device-type=cpu", "flat:pipeline.model.memory-ends-at=25"],
-        *["--dataparser-overrides", "eval-mode=interval", "eval-interval=2"],
-        PYTHONPATH=str(HERE),
-        NERFSTUDIO_METHOD_CONFIGS="flat=flat_method:flat",
-    )
+    on_its_way = ["--evaluate-every", "10", "--perceptual"]
+    data = compare_flat(tmp_path, "memory-ends-at=25", *on_its_way, scale=6)
     (run,) = data["runs"]
     assert run["ended"] == "out of GPU memory in step 26, with 7 Gaussians"
     early, late = run["course"]
