@@ -48,8 +48,8 @@ class Run:
     psnr_of_views: list[float] | None = None
     """Of each held-out image: a floater before one of them moves the mean, too."""
     training_psnr: float | None = None
-    """This and the next: the same on training images, up to 40 of them. Much the same for all
-    seeds, where held-out images, being few, are not."""
+    """This and the next: the same on training images, up to 40 of them. They scatter less from run
+    to run than those of a few held-out images."""
     training_ssim: float | None = None
     held_out_images: int | None = None
     gaussians: int | None = None

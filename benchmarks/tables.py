@@ -81,15 +81,14 @@ def culling_table(comparison: Comparison) -> TextTable:
     ]
     rows = [
         [
-            group.label,
+            label,
             str(run.seed),
             _text(run.visible_share, "{:.1%}"),
             _text(run.culled_per_drawn, "{:.3f}"),
             _text(run.rows_dropped, "{:,}"),
             _text(run.largest_render_difference, "{:.1e}"),
         ]
-        for group in group_runs(comparison)
-        for run in sorted(group.runs, key=lambda run: run.seed)
+        for label, run in _runs(comparison)
         if run.visible_share is not None
     ]
     return TextTable(columns, rows)
@@ -100,7 +99,7 @@ def course_table(comparison: Comparison) -> TextTable:
     columns = ["method", "seed", "PSNR", "SSIM", "MS-SSIM", "FLIP", "Gaussians", "at step", "ended"]
     rows = [
         [
-            group.label,
+            label,
             str(run.seed),
             _text(run.psnr, "{:.2f}"),
             _text(run.ssim, "{:.4f}"),
@@ -110,8 +109,7 @@ def course_table(comparison: Comparison) -> TextTable:
             _text(run.at_step, "{:,}"),
             run.ended or "no",
         ]
-        for group in group_runs(comparison)
-        for run in sorted(group.runs, key=lambda run: run.seed)
+        for label, run in _runs(comparison)
         if run.course or run.ended or run.flip is not None
     ]
     return TextTable(columns, rows)
@@ -120,9 +118,8 @@ def course_table(comparison: Comparison) -> TextTable:
 def kernel_table(comparison: Comparison) -> TextTable:
     """One row a kernel: GPU milliseconds of a step in the profiled runs, seed by seed."""
     runs = [
-        (f"{group.label}, seed {run.seed}", run.profile)
-        for group in group_runs(comparison)
-        for run in group.runs
+        (f"{label}, seed {run.seed}", run.profile)
+        for label, run in _runs(comparison)
         if run.profile is not None
     ]
     names = list(dict.fromkeys(name for _, profile in runs for name in profile["kernels"]))
@@ -152,6 +149,11 @@ def describe_machine(machine: dict[str, Any]) -> str:
     hardware = f"{gpu}; {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB RAM"
     versions = [f"{name} {machine[name]}" for name in ("torch", "gsplat", "nerfstudio", "python")]
     return f"{hardware}; {', '.join(versions)}"
+
+
+def _runs(comparison: Comparison) -> list[tuple[str, Run]]:
+    """Every run that gave something, with its group's label; seeds ascending in a group."""
+    return [(group.label, run) for group in group_runs(comparison) for run in group.runs]
 
 
 def _measured(run: Run) -> list[str]:
