@@ -17,16 +17,29 @@ from triton.compiler import ASTSource
 
 from gsscale_nerfstudio.engines import kernels, noise_kernels, slot_kernels, staging_kernels
 from gsscale_nerfstudio.loss import FUSED, fused
-from gsscale_nerfstudio.rasterize import tile_lists
+from gsscale_nerfstudio.rasterize import gradients, quarters, tile_lists
 
 POINTERS = {
     **dict.fromkeys(["slots", "rows_of", "moves", "positions", "add_at", "group_of"], "*i32"),
-    **dict.fromkeys(["pixel_radii", "counts", "gaussians"], "*i32"),
+    **dict.fromkeys(["pixel_radii", "counts", "gaussians", "begins", "marked"], "*i32"),
+    **dict.fromkeys(["in_squares", "in_tiles"], "*i32"),
     **dict.fromkeys(["order", "ends"], "*i64"),
     "noise": "*fp64",
-    "tiles": "*i16",
+    "squares": "*i16",
 }
-INTEGERS = {"n", "n_rows", "total", "bands_end", "step", "height", "width", "first_tile"}
+INTEGERS = {
+    "n",
+    "n_rows",
+    "total",
+    "bands_end",
+    "step",
+    "height",
+    "width",
+    "first_square",
+    "square_columns",
+    "n_pairs",
+    "n_tiles",
+}
 FLOATS = {
     "log2_beta1",
     "log2_beta2",
@@ -65,7 +78,15 @@ SLOTS = {
     "SLOTS": 128,
 }
 NOISE = {**ROWS, "KEY": 63, "N_GROUPS": 8, "ROWS": 128}
-TILES = {"RADII": 1, "TILE": 16, "BLOCK": 32}
+PARTS = {
+    "TILE": 8,
+    "WIDE": gradients.WIDE,
+    "PIXELS": gradients.PIXELS,
+    "CHUNK": gradients.CHUNK,
+    "CHANNELS": 3,
+    "GATHER": gradients._GATHER,
+}
+TILES = {"RADII": 1, "BLOCK": 32}
 LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}
 KERNELS = [
     (kernels.exchange_rows, ROWS),
@@ -80,7 +101,11 @@ KERNELS = [
     (slot_kernels._summarize, SLOTS),
     (slot_kernels._limit, SLOTS),
     (tile_lists._count_tiles, TILES),
-    (tile_lists._list_tiles, {**TILES, "RADII": 2, "TILE": 8}),
+    (gradients._gradients, {**PARTS, "ABSOLUTE": False}),
+    (gradients._gradients, {**PARTS, "CHANNELS": 4, "ABSOLUTE": True}),
+    (tile_lists._list_squares, {**TILES, "RADII": 2}),
+    (quarters._count, {"CHUNK": quarters._CHUNK}),
+    (quarters._split, {"CHUNK": quarters._CHUNK}),
 ]
 if FUSED:
     KERNELS += [
@@ -94,12 +119,23 @@ def type_of(name: str, kernel: Any) -> str:
         return "i32"
     if name in FLOATS:
         return "fp32"
-    if name in ("rows", "columns") and kernel in (tile_lists._count_tiles, tile_lists._list_tiles):
+    if name in ("rows", "columns") and kernel in (
+        tile_lists._count_tiles,
+        tile_lists._list_squares,
+        quarters._count,
+        quarters._split,
+        gradients._gradients,
+    ):
         return "i32"
     # unpack_rows calls its rows `rows`; they are floats there, and ids in gather_leaves.
     readers = (kernels.gather_leaves, slot_kernels._summarize, noise_kernels._draw)
     if name == "rows" and kernel in readers:
         return "*i32"
+    of_lists = (gradients._gradients, quarters._count, quarters._split)
+    if name == "offsets" and kernel in of_lists:  # elsewhere, of noise
+        return "*i32"
+    if name == "squares" and kernel in of_lists:
+        return "i32"
     return POINTERS.get(name, "*fp32")
 
 

@@ -92,9 +92,10 @@ def _rasterize_gsplat(
 ) -> Rendering:
     # Imported here: a machine without CUDA can do without gsplat's kernels, not even build them,
     # and without Triton.
-    from gsplat.cuda._wrapper import fully_fused_projection, rasterize_to_pixels
+    from gsplat.cuda._wrapper import fully_fused_projection
 
-    from .tile_lists import TILE, tile_lists
+    from .gradients import rasterize_pixels
+    from .tile_lists import tile_lists
 
     # What gsplat.rasterization does for one camera, without its waiting for the device to invert
     # the pose, without a copy of what it does not change, and with fewer tiles per Gaussian.
@@ -127,18 +128,9 @@ def _rasterize_gsplat(
     # In gsplat's own function for them the host waits for the device without letting other Python
     # threads run.
     splats = (means2d[0], radii[0], depths[0], conics[0], opacities[0])
-    lists = tile_lists(*splats, width, height, TILE)
-    image, alpha = rasterize_to_pixels(
-        means2d,
-        conics,
-        channels,
-        opacities,
-        width,
-        height,
-        TILE,
-        lists.offsets,
-        lists.gaussians,
-        absgrad=absgrad,
+    lists = tile_lists(*splats, width, height)
+    image, alpha = rasterize_pixels(
+        means2d, conics, channels, opacities, lists, width, height, absgrad=absgrad
     )
     return Rendering(
         rgb=image[0, ..., :3],

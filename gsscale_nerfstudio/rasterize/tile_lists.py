@@ -5,10 +5,15 @@ its longer axis to each side. The rasterizer then passes over the pixels where
 
     min(0.999, opacity exp(-sigma)) < 1/255,  sigma = (a dx^2 + c dy^2) / 2 + b dx dy,
 
-(a, b, c) being the conic. Here a tile of that square is listed only if it touches the ellipse of
-the other pixels, sigma <= ln(255 opacity). The ellipse is drawn large enough for all rounding, the
-rasterizer's and ours, so that the image stays the same bit by bit. It does so with smaller tiles,
-too: they are those within the tiles of gsplat's square.
+(a, b, c) being the conic. Here a tile of that square is listed
+only if it touches the ellipse of the other pixels, sigma <= ln(255 opacity). The ellipse is drawn
+large enough for all rounding, the rasterizer's and ours, so that the image stays the same bit by
+bit.
+
+Tiles have half the side of gsplat's, a quarter of the pixels: a small Gaussian touches more of
+those that look at it. Pairs of a Gaussian and a tile would then take most of a view's memory while
+they are sorted, so it is pairs with gsplat's tiles, here squares, that are, each with four bits for
+its quarters; :mod:`.quarters` makes four lists of each square's.
 
 The host waits for the device once, through torch, and other Python threads run meanwhile.
 """
@@ -23,17 +28,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .quarters import lists_of_quarters
+
 SQUARE = 16
 """Pixels along the side of the tiles that gsplat rounds its squares to."""
 
-TILE = 16
-"""Pixels along the side of the tiles that have a list each: :data:`SQUARE`, or half of it."""
+TILE = SQUARE // 2
+"""Pixels along the side of the tiles that have a list each."""
+
+_SHORT = 1 << 16
+"""Squares that 16 bits can number."""
 
 _BLOCK = 1024 if os.environ.get("TRITON_INTERPRET") == "1" else 32
 """Gaussians of a program. One warp: then it goes through as many tiles as its largest Gaussian has,
 not its neighbours', and finding that number is a shuffle."""
 
 _SQUARE = tl.constexpr(SQUARE)
+_TILE = tl.constexpr(TILE)
+_PER_TILE = tl.constexpr(1 / TILE)
 _PER_SQUARE = tl.constexpr(1 / SQUARE)  # a float times it is exact; Triton's division is not
 _FAINT = tl.constexpr(0.99995 / 255)  # below, even exp(-0), rounded up, does not reach 1/255
 _LOG_SLACK = tl.constexpr(1e-4)  # of sigma's limit: __expf, our logarithm and the 1/255 round
@@ -66,12 +78,12 @@ def tile_lists(
     opacities: Tensor,
     width: int,
     height: int,
-    tile: int,
 ) -> TileLists:
-    """The lists of one view of ``n`` projected Gaussians, n > 0.
+    """The lists of one view of ``n`` projected Gaussians, 0 < n < 2^28.
 
-    Beside the inputs it takes at most 32 bytes per Gaussian, and 34 per listed pair of a Gaussian
-    and a tile while torch sorts the pairs (40 with more than 65,536 tiles); 4 of these remain.
+    Beside the inputs it takes at most 32 bytes per Gaussian, and 34 per pair of a Gaussian and a
+    square while torch sorts the pairs (40 with more than 65,536 squares). What remains are 4 per
+    pair of a Gaussian and a tile.
 
     Args:
         means2d: Centres in pixels. [n, 2] float32
@@ -82,11 +94,11 @@ def tile_lists(
         opacities: As the rasterizer is to see them, antialiasing included. [n] float32
         width: Image width in pixels.
         height: Image height in pixels.
-        tile: Pixels along the side of a tile: a divisor of :data:`SQUARE`.
     """
     n, device = len(means2d), means2d.device
-    columns, rows = triton.cdiv(width, tile), triton.cdiv(height, tile)
-    # Sorted before they are listed, n instead of I, so that the lists are sorted by tile alone.
+    columns, rows = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
+    square_columns, square_rows = triton.cdiv(width, SQUARE), triton.cdiv(height, SQUARE)
+    # Sorted before they are listed, n instead of I, so that the lists are sorted by square alone.
     order = torch.sort(depths, stable=True).indices
     tensors = (means2d, radii, conics, opacities)
     inputs = (order, *(tensor.contiguous() for tensor in tensors), n, columns, rows)
@@ -94,28 +106,34 @@ def tile_lists(
     # fused multiply-add at its discretion.
     options = {
         "RADII": radii.numel() // n,
-        "TILE": tile,
         "BLOCK": _BLOCK,
         "num_warps": 1,
         "enable_fp_fusion": False,
     }
     grid = (triton.cdiv(n, _BLOCK),)
-    counts = torch.empty(n, dtype=torch.int32, device=device)
+    in_squares = torch.empty(n, dtype=torch.int32, device=device)
+    in_tiles = torch.empty(n, dtype=torch.int32, device=device)
     with torch.cuda.device_of(means2d):
-        _count_tiles[grid](*inputs, counts, **options)
-        ends = counts.cumsum(0)
-        total = int(ends[-1].item())
+        _count_tiles[grid](*inputs, in_squares, in_tiles, **options)
+        ends = in_squares.cumsum(0)
+        total, total_in_tiles = torch.stack([ends[-1], in_tiles.sum()]).tolist()
         # 16 bits take half the passes of the sort; they count from -32768.
-        small = columns * rows <= 1 << 16
+        n_squares = square_columns * square_rows
+        small = n_squares <= _SHORT
         first = -(1 << 15) if small else 0
-        tiles = torch.empty(total, dtype=torch.int16 if small else torch.int32, device=device)
-        gaussians = torch.empty(total, dtype=torch.int32, device=device)
-        _list_tiles[grid](*inputs, ends, tiles, gaussians, first, **options)
-    tiles, permutation = torch.sort(tiles, stable=True)
-    every_tile = torch.arange(first, first + columns * rows, dtype=tiles.dtype, device=device)
-    offsets = torch.searchsorted(tiles, every_tile, out_int32=True)
-    del tiles
-    return TileLists(offsets.view(1, rows, columns), gaussians[permutation])
+        squares = torch.empty(total, dtype=torch.int16 if small else torch.int32, device=device)
+        marked = torch.empty(total, dtype=torch.int32, device=device)
+        _list_squares[grid](*inputs, ends, squares, marked, first, square_columns, **options)
+    squares, permutation = torch.sort(squares, stable=True)
+    every_square = torch.arange(first, first + n_squares, dtype=squares.dtype, device=device)
+    offsets = torch.searchsorted(squares, every_square, out_int32=True)
+    marked = marked[permutation]
+    del squares, permutation
+    return TileLists(
+        *lists_of_quarters(
+            offsets.view(square_rows, square_columns), marked, rows, columns, total_in_tiles
+        )
+    )
 
 
 @triton.jit
@@ -136,10 +154,9 @@ def _load(
     columns,
     rows,
     RADII: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """This program's Gaussians: ranks, indices, rows [top, bottom) of the square, and a shape.
+    """This program's Gaussians: ranks, indices, their rows [top, bottom) of squares, and a shape.
 
     The shape is the nine values that :func:`_row_run` needs, see there. Each has a name of its own
     in every kernel: Triton before 3.3 (PyTorch 2.7) passes no tuples on.
@@ -156,18 +173,18 @@ def _load(
     c = tl.load(conics + 3 * i + 2, mask=live, other=0.0)
     opacity = tl.load(opacities + i, mask=live, other=0.0)
 
-    # gsplat's square, with its rounding, in our tiles.
-    tile_x = x * _PER_SQUARE
-    tile_y = y * _PER_SQUARE
-    parts: tl.constexpr = _SQUARE // TILE
-    first = tl.floor(tile_x - radius_x * _PER_SQUARE) * parts
-    end = tl.ceil(tile_x + radius_x * _PER_SQUARE) * parts
-    top = tl.floor(tile_y - radius_y * _PER_SQUARE) * parts
-    bottom = tl.ceil(tile_y + radius_y * _PER_SQUARE) * parts
+    # What gsplat lists, with its rounding: rows of squares, columns of tiles.
+    square_x = x * _PER_SQUARE
+    square_y = y * _PER_SQUARE
+    first = 2.0 * tl.floor(square_x - radius_x * _PER_SQUARE)
+    end = 2.0 * tl.ceil(square_x + radius_x * _PER_SQUARE)
+    top = tl.floor(square_y - radius_y * _PER_SQUARE)
+    bottom = tl.ceil(square_y + radius_y * _PER_SQUARE)
     first = _clamp(first, 0.0, columns.to(tl.float32))
     end = _clamp(end, 0.0, columns.to(tl.float32))
-    top = _clamp(top, 0.0, rows.to(tl.float32)).to(tl.int32)
-    bottom = _clamp(bottom, 0.0, rows.to(tl.float32)).to(tl.int32)
+    square_rows = ((rows + 1) // 2).to(tl.float32)
+    top = _clamp(top, 0.0, square_rows).to(tl.int32)
+    bottom = _clamp(bottom, 0.0, square_rows).to(tl.int32)
 
     # A product of float32s is exact in float64: the determinant of a needle would cancel.
     a64 = a.to(tl.float64)
@@ -214,16 +231,15 @@ def _load(
 
 
 @triton.jit
-def _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end, TILE: tl.constexpr):
-    """First column, and number, of the tiles of a row that a Gaussian's shape touches.
+def _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end):
+    """First column, and the one after the last, of the tiles of a row that a shape touches.
 
     The ellipse, convex, reaches farthest left or right within a band of rows where it does so at
     all, if that is in the band, else at the nearer edge of the band.
     """
-    per_tile: tl.constexpr = 1 / TILE
-    last_centre: tl.constexpr = TILE - 0.5
-    upper = row.to(tl.float32) * TILE + 0.5 - y
-    lower = row.to(tl.float32) * TILE + last_centre - y
+    last_centre: tl.constexpr = _TILE - 0.5
+    upper = row.to(tl.float32) * _TILE + 0.5 - y
+    lower = row.to(tl.float32) * _TILE + last_centre - y
     y_left = _clamp(tip, upper, lower)
     y_right = _clamp(-tip, upper, lower)
     square_left = spread - narrowing * y_left * y_left
@@ -231,10 +247,30 @@ def _row_run(row, left, right, y, slope, spread, narrowing, tip, first, end, TIL
     missed = (square_left < 0.0) & (square_right < 0.0)
     left += -slope * y_left - tl.sqrt(tl.maximum(square_left, 0.0))
     right += -slope * y_right + tl.sqrt(tl.maximum(square_right, 0.0))
-    # Tiles t of 16 pixels, say, have pixel centres from 16 t + 0.5 to 16 t + 15.5.
-    start = _clamp(tl.ceil((left - last_centre) * per_tile), first, end)
-    stop = _clamp(tl.floor((right - 0.5) * per_tile) + 1.0, start, end)
-    return start.to(tl.int32), tl.where(missed, 0.0, stop - start).to(tl.int32)
+    # Tiles t of 8 pixels have pixel centres from 8 t + 0.5 to 8 t + 7.5.
+    start = _clamp(tl.ceil((left - last_centre) * _PER_TILE), first, end)
+    stop = _clamp(tl.floor((right - 0.5) * _PER_TILE) + 1.0, start, end)
+    return start.to(tl.int32), tl.where(missed, start, stop).to(tl.int32)
+
+
+@triton.jit
+def _square_run(row, bottom, rows, left, right, y, slope, spread, narrowing, tip, first, end):
+    """Of a row of squares that a shape touches: first column and number, then its tiles' runs.
+
+    A square between others may have no tile that the shape, a needle, touches.
+    """
+    above, above_end = _row_run(2 * row, left, right, y, slope, spread, narrowing, tip, first, end)
+    below, below_end = _row_run(
+        2 * row + 1, left, right, y, slope, spread, narrowing, tip, first, end
+    )
+    above_end = tl.where(row < bottom, above_end, above)
+    below_end = tl.where((row < bottom) & (2 * row + 1 < rows), below_end, below)
+    start = tl.where(above_end > above, above, below)
+    start = tl.where(below_end > below, tl.minimum(start, below), start) // 2
+    stop = tl.where(above_end > above, above_end, 0)
+    stop = tl.where(below_end > below, tl.maximum(stop, below_end), stop)
+    length = tl.where(stop > 0, (stop + 1) // 2 - start, 0)
+    return start, length, above, above_end, below, below_end
 
 
 @triton.jit(do_not_specialize=["n", "columns", "rows"])
@@ -247,30 +283,43 @@ def _count_tiles(
     n,
     columns,
     rows,
-    counts,  # [n] int32, in that order
+    in_squares,  # [n] int32, in that order
+    in_tiles,  # likewise
     RADII: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many tiles each Gaussian touches."""
+    """How many squares, and tiles, each Gaussian touches."""
     rank, _i, top, bottom, left, right, y, slope, spread, narrowing, tip, first, end = _load(
-        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, TILE, BLOCK
+        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, BLOCK
     )
-    count = tl.zeros([BLOCK], tl.int32)
+    squares = tl.zeros([BLOCK], tl.int32)
+    tiles = tl.zeros([BLOCK], tl.int32)
     step = 0
     steps = tl.max(bottom - top)
     while step < steps:
-        row = top + step
-        _start, length = _row_run(
-            row, left, right, y, slope, spread, narrowing, tip, first, end, TILE
+        _start, length, above, above_end, below, below_end = _square_run(
+            top + step,
+            bottom,
+            rows,
+            left,
+            right,
+            y,
+            slope,
+            spread,
+            narrowing,
+            tip,
+            first,
+            end,
         )
-        count += tl.where(row < bottom, length, 0)
+        squares += length
+        tiles += above_end - above + below_end - below
         step += 1
-    tl.store(counts + rank, count, mask=rank < n)
+    tl.store(in_squares + rank, squares, mask=rank < n)
+    tl.store(in_tiles + rank, tiles, mask=rank < n)
 
 
-@triton.jit(do_not_specialize=["n", "columns", "rows", "first_tile"])
-def _list_tiles(
+@triton.jit(do_not_specialize=["n", "columns", "rows", "first_square", "square_columns"])
+def _list_squares(
     order,  # [n] int64, front to back
     means2d,
     pixel_radii,
@@ -279,34 +328,50 @@ def _list_tiles(
     n,
     columns,
     rows,
-    ends,  # [n] int64, sums of the counts
-    tiles,  # [I] int16 or int32
-    gaussians,  # [I] int32
-    first_tile,  # number of the first tile
+    ends,  # [n] int64, sums of the counts of squares
+    squares,  # [I] int16 or int32
+    marked,  # [I] int32
+    first_square,  # number of the first square
+    square_columns,
     RADII: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A tile and a Gaussian for each pair of the two, the Gaussians front to back."""
+    """A square and a Gaussian, with the quarters, for each pair, the Gaussians front to back."""
     rank, i, top, bottom, left, right, y, slope, spread, narrowing, tip, first, end = _load(
-        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, TILE, BLOCK
+        order, means2d, pixel_radii, conics, opacities, n, columns, rows, RADII, BLOCK
     )
     at = tl.load(ends + rank - 1, mask=(rank > 0) & (rank < n), other=0)
+    i = i.to(tl.int32)
     step = 0
     steps = tl.max(bottom - top)
     while step < steps:
         row = top + step
-        start, length = _row_run(
-            row, left, right, y, slope, spread, narrowing, tip, first, end, TILE
+        start, length, above, above_end, below, below_end = _square_run(
+            row,
+            bottom,
+            rows,
+            left,
+            right,
+            y,
+            slope,
+            spread,
+            narrowing,
+            tip,
+            first,
+            end,
         )
-        length = tl.where(row < bottom, length, 0)
         column = 0
         longest = tl.max(length)
         while column < longest:
             inside = column < length
-            tile = first_tile + row * columns + start + column
-            tl.store(tiles + at + column, tile, mask=inside)
-            tl.store(gaussians + at + column, i, mask=inside)
+            tile = 2 * (start + column)
+            mark = i | tl.where((tile >= above) & (tile < above_end), 1 << 28, 0)
+            mark |= tl.where((tile + 1 >= above) & (tile + 1 < above_end), 1 << 29, 0)
+            mark |= tl.where((tile >= below) & (tile < below_end), 1 << 30, 0)
+            mark |= tl.where((tile + 1 >= below) & (tile + 1 < below_end), -(1 << 31), 0)
+            square = first_square + row * square_columns + start + column
+            tl.store(squares + at + column, square, mask=inside)
+            tl.store(marked + at + column, mark, mask=inside)
             column += 1
         at += length
         step += 1

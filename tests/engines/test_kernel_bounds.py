@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 from gsscale_nerfstudio.densify import RowMCMCStrategy, RowStrategy
 from gsscale_nerfstudio.engines import Engine
 from gsscale_nerfstudio.loss.fused import fused_photometric_loss
+from gsscale_nerfstudio.rasterize.gradients import pixel_gradients
 from gsscale_nerfstudio.rasterize.tile_lists import tile_lists
 from gsscale_nerfstudio.store import RowLayout
 from tests.engines.driving import drive, make_engine, random_rows, ring_of_views
@@ -70,7 +71,12 @@ def accesses(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         check(pointers.data, mask.data, value.data.dtype.itemsize)
         return original(builder, pointers, value, mask, *r)
 
+    def add(original: Any, builder: Any, op: Any, pointers: Any, value: Any, *rest: Any) -> Any:
+        check(pointers.data, rest[0].data, value.data.dtype.itemsize)
+        return original(builder, op, pointers, value, *rest)
+
     patch(interpreter.GridExecutor, "_init_args_hst", launch)
+    patch(interpreter.InterpreterBuilder, "create_atomic_rmw", add)
     patch(interpreter.InterpreterBuilder, "create_masked_load", load)
     patch(interpreter.InterpreterBuilder, "create_masked_store", store)
     return touched
@@ -131,8 +137,18 @@ def test_the_loss(accesses: dict[str, int], size: tuple[int, int]) -> None:
     assert len(accesses) == 2
 
 
-@pytest.mark.parametrize("tile", [16, 8])
 @pytest.mark.parametrize(("n", "width", "height"), [(1, 16, 16), (300, 100, 70), (1025, 640, 479)])
-def test_tile_lists(accesses: dict[str, int], n: int, width: int, height: int, tile: int) -> None:
-    tile_lists(*splats(n, width, height, size=5.0, seed=1), width, height, tile)
-    assert len(accesses) == 2
+def test_tile_lists(accesses: dict[str, int], n: int, width: int, height: int) -> None:
+    tile_lists(*splats(n, width, height, size=5.0, seed=1), width, height)
+    assert len(accesses) == 4
+
+
+@pytest.mark.parametrize("absgrad", [False, True])
+def test_pixel_gradients(accesses: dict[str, int], absgrad: bool) -> None:
+    width, height = 50, 37
+    given = splats(70, width, height, size=5.0, seed=1)
+    lists = tile_lists(*given, width, height)
+    drawn = (given.means2d, given.conics, torch.rand(70, 3), given.opacities)
+    pixels = [torch.rand(1, height, width, channels) for channels in (3, 1, 3, 1)]
+    pixel_gradients(*(t[None] for t in drawn), *lists, *pixels, absgrad=absgrad)
+    assert accesses["_gradients"] > 1000

@@ -8,7 +8,7 @@ import gsplat.cuda._wrapper
 import pytest
 import torch
 
-from gsscale_nerfstudio.rasterize import tile_lists
+from gsscale_nerfstudio.rasterize import gradients, tile_lists
 from gsscale_nerfstudio.rasterize.api import _rasterize_gsplat
 
 from .scenes import camera, draw, scene
@@ -36,19 +36,15 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
         asked["opacities"] = opacities
         return tile_lists.TileLists("offsets", "gaussians")
 
-    def pixels(means2d, conics, channels, opacities, width, height, *rest, absgrad: bool):
-        asked["pixels"] = {"rest": rest, "absgrad": absgrad, "opacities": opacities}
+    def pixels(means2d, conics, channels, opacities, lists, width, height, **options):
+        asked["pixels"] = {"lists": lists, **options, "opacities": opacities}
         assert torch.equal(channels[0, :, :3], colors)
         image = (means2d.sum() + conics.sum()) * torch.ones(1, height, width, channels.shape[-1])
         return image, image[..., :1] / 2
 
-    for name, function in {
-        "fully_fused_projection": projection,
-        "rasterize_to_pixels": pixels,
-    }.items():
-        monkeypatch.setattr(gsplat.cuda._wrapper, name, function)
+    monkeypatch.setattr(gsplat.cuda._wrapper, "fully_fused_projection", projection)
+    monkeypatch.setattr(gradients, "rasterize_pixels", pixels)
     monkeypatch.setattr(tile_lists, "tile_lists", lists)
-    tile = tile_lists.TILE
     gaussians, view = scene(3).to(torch.float32).leaves(), camera(40, 50)
     *tensors, _ = gaussians
     colors = tensors[4]
@@ -74,8 +70,8 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
             "far_plane": 30.0,
             "calc_compensations": antialiased,
         },
-        "lists": {"radii": (3, 2) if two_radii else (3,), "size": (40, 50, tile)},
-        "pixels": {"rest": (tile, "offsets", "gaussians"), "absgrad": True},
+        "lists": {"radii": (3, 2) if two_radii else (3,), "size": (40, 50)},
+        "pixels": {"lists": ("offsets", "gaussians"), "absgrad": True},
     }
     assert rendering.rgb.shape == (50, 40, 3) and rendering.alpha.shape == (50, 40, 1)
     if depth:  # accumulated depth, divided by the accumulated opacity, half of it
@@ -88,7 +84,7 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
     rendering.rgb.sum().backward()
     node = rendering.means2d_node
     assert node.grad.shape == (1, 3, 2)  # retained
-    node.absgrad = node.grad.abs() + 1  # what gsplat's backward does
+    node.absgrad = node.grad.abs() + 1  # what its backward does
     assert torch.equal(rendering.means2d_grad(), node.absgrad[0])
 
 

@@ -18,20 +18,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gsscale_nerfstudio.rasterize.tile_lists import SQUARE, TileLists, tile_lists
+from gsscale_nerfstudio import rasterize
+from gsscale_nerfstudio.rasterize.tile_lists import SQUARE, TILE, TileLists, tile_lists
 
 from .scenes import Camera, Scene, camera, draw, random_loss, scene
 
 # The interpreter computes with numpy, which tells of every NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-TILES = (SQUARE, SQUARE // 2)
-
-
-@pytest.fixture(params=TILES)
-def tile(request: pytest.FixtureRequest) -> int:
-    return request.param
-
 
 Pairs = list[tuple[int, int]]
 """(tile, Gaussian)"""
@@ -71,24 +64,24 @@ def splats(
     return Splats(means2d.float(), radii, depths.float(), conics.float(), opacities.float())
 
 
-def square_pairs(given: Splats, columns: int, rows: int, tile: int) -> Tensor:
+def square_pairs(given: Splats, columns: int, rows: int) -> Tensor:
     """Whether gsplat lists a Gaussian in a tile, or in that around it. [n, rows, columns]"""
     radii = given.radii if given.radii.dim() == 2 else given.radii[:, None].expand(-1, 2)
     reach = radii.float() / SQUARE
     centre = given.means2d / SQUARE
     first = (centre - reach).floor().nan_to_num(0.0, 3e38, -3e38)
     end = (centre + reach).ceil().nan_to_num(0.0, 3e38, -3e38)
-    x, y = (torch.arange(count) * tile // SQUARE for count in (columns, rows))
+    x, y = (torch.arange(count) * TILE // SQUARE for count in (columns, rows))
     in_columns = (x >= first[:, :1]) & (x < end[:, :1])
     in_rows = (y >= first[:, 1:]) & (y < end[:, 1:])
     return in_rows[:, :, None] & in_columns[:, None, :] & (radii > 0).all(1)[:, None, None]
 
 
-def visible_pairs(given: Splats, columns: int, rows: int, tile: int, dtype: torch.dtype) -> Tensor:
+def visible_pairs(given: Splats, columns: int, rows: int, dtype: torch.dtype) -> Tensor:
     """Whether any pixel of a tile reaches 1/255. [n, rows, columns]"""
     visible = []
-    x = torch.arange(columns * tile, dtype=dtype) + 0.5
-    y = torch.arange(rows * tile, dtype=dtype)[:, None] + 0.5
+    x = torch.arange(columns * TILE, dtype=dtype) + 0.5
+    y = torch.arange(rows * TILE, dtype=dtype)[:, None] + 0.5
     for mean, conic, opacity in zip(given.means2d, given.conics, given.opacities, strict=True):
         a, b, c = conic.to(dtype)
         dx, dy = mean[0].to(dtype) - x, mean[1].to(dtype) - y
@@ -96,7 +89,7 @@ def visible_pairs(given: Splats, columns: int, rows: int, tile: int, dtype: torc
         alpha = (opacity.to(dtype) * torch.exp(-sigma)).nan_to_num(0.999)  # as CUDA's min
         # A little less than 1/255: __expf rounds too.
         pixels = ~(sigma < 0) & (alpha >= (1 - 1e-6) / 255)
-        visible.append(pixels.view(rows, tile, columns, tile).any(3).any(1))
+        visible.append(pixels.view(rows, TILE, columns, TILE).any(3).any(1))
     return torch.stack(visible)
 
 
@@ -114,15 +107,15 @@ def pairs_of(lists: TileLists) -> Pairs:
     ]
 
 
-def check(given: Splats, width: int, height: int, tile: int) -> tuple[int, int, int]:
+def check(given: Splats, width: int, height: int) -> tuple[int, int, int]:
     """Assert all but tightness; numbers of pairs: needed, listed, and of gsplat's squares."""
-    lists = tile_lists(*given, width, height, tile)
-    columns, rows = -(-width // tile), -(-height // tile)
+    lists = tile_lists(*given, width, height)
+    columns, rows = -(-width // TILE), -(-height // TILE)
     assert lists.offsets.shape == (1, rows, columns)
     pairs = pairs_of(lists)
-    square = square_pairs(given, columns, rows, tile)
-    needed = visible_pairs(given, columns, rows, tile, torch.float64)
-    needed |= visible_pairs(given, columns, rows, tile, torch.float32)
+    square = square_pairs(given, columns, rows)
+    needed = visible_pairs(given, columns, rows, torch.float64)
+    needed |= visible_pairs(given, columns, rows, torch.float32)
     needed &= square
     listed = torch.zeros_like(square)
     for place, i in pairs:
@@ -142,17 +135,16 @@ def check(given: Splats, width: int, height: int, tile: int) -> tuple[int, int, 
     height=st.integers(1, 100),
     log_size=st.floats(-3, 5),
     log_aspect=st.floats(0, 8),
-    tile=st.sampled_from(TILES),
 )
 def test_lists_are_complete_in_order_and_within_gsplats(
-    seed: int, width: int, height: int, log_size: float, log_aspect: float, tile: int
+    seed: int, width: int, height: int, log_size: float, log_aspect: float
 ) -> None:
     sizes = {"size": math.exp(log_size), "aspect": math.exp(log_aspect)}
-    check(splats(30, width, height, seed=seed, **sizes), width, height, tile)
+    check(splats(30, width, height, seed=seed, **sizes), width, height)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_needles_of_which_float32_knows_little(seed: int, tile: int) -> None:
+def test_needles_of_which_float32_knows_little(seed: int) -> None:
     """sigma's terms reach 1e6 here and cancel: its rounding decides what gsplat draws."""
     generator = torch.Generator().manual_seed(seed)
     n, width, height = 40, 800, 600
@@ -170,34 +162,34 @@ def test_needles_of_which_float32_knows_little(seed: int, tile: int) -> None:
         inverse.flatten(1)[:, [0, 1, 3]].float(),
         (torch.exp(3 * uniform[3]) / 255).float(),
     )
-    needed, listed, square = check(given, width, height, tile)
+    needed, listed, square = check(given, width, height)
     assert needed < listed < 0.05 * square
 
 
 @pytest.mark.parametrize(("size", "aspect"), [(0.5, 10.0), (3.0, 3.0), (6.0, 10.0), (30.0, 2.0)])
-def test_lists_hold_little_else(size: float, aspect: float, tile: int) -> None:
+def test_lists_hold_little_else(size: float, aspect: float) -> None:
     given = splats(600, 320, 240, size=size, aspect=aspect)
     given.opacities[given.opacities < 1.1 / 255] = 0.3  # an ellipse smaller than a pixel
-    needed, listed, square = check(given, 320, 240, tile)
+    needed, listed, square = check(given, 320, 240)
     assert listed <= 1.01 * needed
     assert listed < 0.9 * square
 
 
-def test_two_radii(tile: int) -> None:
+def test_two_radii() -> None:
     """gsplat >= 1.5: a rectangle of its own for each axis."""
     given = splats(100, 100, 90, seed=1)
     both = torch.stack([given.radii, given.radii // 2], -1)
     both[4, 1] = 0
-    needed, listed, _ = check(given._replace(radii=both), 100, 90, tile)
+    needed, listed, _ = check(given._replace(radii=both), 100, 90)
     assert 0 < needed <= listed
     equal = given._replace(radii=given.radii[:, None].repeat(1, 2))
-    one, two = tile_lists(*given, 100, 90, tile), tile_lists(*equal, 100, 90, tile)
+    one, two = tile_lists(*given, 100, 90), tile_lists(*equal, 100, 90)
     assert torch.equal(one.gaussians, two.gaussians) and torch.equal(one.offsets, two.offsets)
 
 
-def test_more_than_one_program(tile: int) -> None:
+def test_more_than_one_program() -> None:
     given = splats(2500, 64, 48, size=2.0, aspect=2.0)
-    needed, listed, _ = check(given, 64, 48, tile)
+    needed, listed, _ = check(given, 64, 48)
     assert 1000 < needed <= listed
 
 
@@ -215,23 +207,23 @@ def test_more_than_one_program(tile: int) -> None:
     ],
     ids=str,
 )
-def test_nothing_to_draw(change: dict[str, float], tile: int) -> None:
+def test_nothing_to_draw(change: dict[str, float]) -> None:
     given = splats(20, 50, 40)
     for name, value in change.items():
         getattr(given, name).fill_(value)
-    lists = tile_lists(*given, 50, 40, tile)
-    assert lists.offsets.shape[1:] == {16: (3, 4), 8: (5, 7)}[tile] and not lists.offsets.any()
+    lists = tile_lists(*given, 50, 40)
+    assert lists.offsets.shape[1:] == (5, 7) and not lists.offsets.any()
     assert lists.gaussians.shape == (0,) and lists.gaussians.dtype == torch.int32
 
 
-def test_values_of_what_is_not_drawn_do_no_harm(tile: int) -> None:
+def test_values_of_what_is_not_drawn_do_no_harm() -> None:
     given = splats(60, 50, 40, seed=2)
-    want = tile_lists(*given, 50, 40, tile)
+    want = tile_lists(*given, 50, 40)
     for i, value in enumerate([math.nan, math.inf, -math.inf, 1e38, -1.0]):
         for tensor in (given.means2d, given.depths, given.conics, given.opacities):
             tensor[5 + 11 * i] = value
     assert not given.radii[5::11].any()
-    got = tile_lists(*given, 50, 40, tile)
+    got = tile_lists(*given, 50, 40)
     assert torch.equal(got.gaussians, want.gaussians) and torch.equal(got.offsets, want.offsets)
 
 
@@ -254,56 +246,76 @@ def test_values_of_what_is_not_drawn_do_no_harm(tile: int) -> None:
 )
 @pytest.mark.parametrize("opacity", [0.5, math.nan, math.inf])
 def test_what_has_no_ellipse_keeps_its_square(
-    conic: tuple[float, float, float], opacity: float, tile: int
+    conic: tuple[float, float, float], opacity: float
 ) -> None:
     given = splats(1, 80, 60)
     given.means2d.copy_(torch.tensor([[30.0, 31.0]]))
     given.radii.fill_(20)
     given.opacities.fill_(opacity)
     given.conics.copy_(torch.tensor([conic]))
-    _, listed, square = check(given, 80, 60, tile)
-    assert listed == square == {16: 16, 8: 64}[tile]
+    _, listed, square = check(given, 80, 60)
+    assert listed == square == 64
 
 
-def test_faint_gaussians_that_are_drawn_all_the_same(tile: int) -> None:
+def test_faint_gaussians_that_are_drawn_all_the_same() -> None:
     """gsplat takes the smaller of 0.999 and an alpha, also when that is not a number."""
     given = splats(1, 80, 60)
     given.means2d.copy_(torch.tensor([[30.0, 31.0]]))
     given.radii.fill_(20)
     given.opacities.fill_(1e-3)
     given.conics.fill_(math.nan)
-    needed, listed, _ = check(given, 80, 60, tile)
-    assert needed == listed == {16: 16, 8: 64}[tile]
+    needed, listed, _ = check(given, 80, 60)
+    assert needed == listed == 64
 
 
+@pytest.mark.parametrize("short", [True, False])
+def test_squares_are_numbered_with_16_bits_or_32(
+    monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
+    given = splats(80, 100, 60, seed=3)
+    monkeypatch.setattr(rasterize.tile_lists, "_SHORT", 7 * 4 if short else 7 * 4 - 1)
+    sorted_types = []
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda t, **k: sorted_types.append(t.dtype) or sort(t, **k))
+    needed, listed, _ = check(given, 100, 60)
+    assert 100 < needed <= listed
+    assert sorted_types == [torch.float32, torch.int16 if short else torch.int32]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [256, 257])
-def test_as_many_tiles_as_16_bits_count_and_more(rows: int) -> None:
-    width, height = 256 * 8, rows * 8
+def test_as_many_squares_as_16_bits_count_and_more(rows: int) -> None:
+    width, height = 256 * SQUARE, rows * SQUARE
     given = splats(2, width, height)
-    given.means2d.copy_(torch.tensor([[2040.0, 2046.0], [2000.0, 2000.0]]))
+    given.means2d.copy_(torch.tensor([[4088.0, 4094.0], [4000.0, 4000.0]]))
     given.radii.fill_(60)
     given.conics.copy_(torch.tensor([[0.01, 0.0, 0.01]]).expand(2, 3))
     given.opacities.fill_(0.5)
-    needed, listed, _ = check(given, width, height, 8)
-    assert 10 < needed <= listed
-    assert pairs_of(tile_lists(*given, width, height, 8))[-1] == (256 * rows - 1, 0)
+    given = Splats(*(tensor.cuda() for tensor in given))
+    pairs = pairs_of(tile_lists(*given, width, height))
+    assert len(pairs) > 100 and pairs[-1] == (4 * 256 * rows - 1, 0)
 
 
-def test_no_gradient_flows_and_views_are_fine(tile: int) -> None:
+def test_no_gradient_flows_and_views_are_fine() -> None:
     given = splats(40, 50, 40)
-    want = tile_lists(*given, 50, 40, tile)
+    want = tile_lists(*given, 50, 40)
     opacities = torch.stack([given.opacities, given.opacities], -1)[:, 0]
     means2d = given.means2d.clone().requires_grad_()
-    got = tile_lists(*given._replace(means2d=means2d, opacities=opacities), 50, 40, tile)
+    got = tile_lists(*given._replace(means2d=means2d, opacities=opacities), 50, 40)
     assert torch.equal(got.gaussians, want.gaussians) and torch.equal(got.offsets, want.offsets)
     assert not got.gaussians.requires_grad
 
 
 def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = []
-    item = Tensor.item
-    monkeypatch.setattr(Tensor, "item", lambda tensor: waits.append(tensor) or item(tensor))
-    tile_lists(*splats(40, 50, 40), 50, 40, SQUARE)
+
+    def count(name: str) -> None:
+        original = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda tensor: waits.append(name) or original(tensor))
+
+    count("item")
+    count("tolist")
+    tile_lists(*splats(40, 50, 40), 50, 40)
     assert len(waits) == 1
 
 
@@ -350,10 +362,7 @@ def draw_with_gsplat(gaussians: Scene, view: Camera, antialiased: bool) -> tuple
 @pytest.mark.parametrize("antialiased", [False, True])
 @pytest.mark.parametrize("view", [camera(160, 120), camera(97, 61, yaw=0.3), camera(1000, 700)])
 @pytest.mark.parametrize("name", SCENES)
-def test_the_image_is_gsplats_bit_by_bit(
-    name: str, view: Camera, antialiased: bool, tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gsscale_nerfstudio.rasterize.tile_lists.TILE", tile)
+def test_the_image_is_gsplats_bit_by_bit(name: str, view: Camera, antialiased: bool) -> None:
     gaussians = SCENES[name]().to(torch.float32).to("cuda")
     view = view.to(torch.float32).to("cuda")
     ours, theirs = gaussians.leaves(), gaussians.leaves()
