@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
             "engines/test_kernel_bounds.py",
             "engines/test_out_of_memory.py",
             "engines/test_resident.py",
+            "rasterize/test_gradients.py",
             "rasterize/test_tile_lists.py",
         ]
 

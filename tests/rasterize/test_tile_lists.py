@@ -393,12 +393,23 @@ def test_lists_on_the_gpu_are_fewer_and_in_gsplats_order() -> None:
     width, height = 1600, 1201
     given = Splats(*(t.cuda() for t in splats(100_000, width, height, size=2.0, seed=7)))
     columns, rows = -(-width // SQUARE), -(-height // SQUARE)
-    ours = tile_lists(*given, width, height, SQUARE)
+    ours = tile_lists(*given, width, height)
     _, ids, order = isect_tiles(
         given.means2d[None], given.radii[None], given.depths[None], SQUARE, columns, rows
     )
     theirs = TileLists(isect_offset_encode(ids, 1, columns, rows), order)
-    kept, every = pairs_of(ours), pairs_of(theirs)
-    remaining = set(kept)
-    assert len(remaining) == len(kept) < 0.7 * len(every)
-    assert kept == [pair for pair in every if pair in remaining]
+    lists = dict.fromkeys(itertools.product(range(2 * rows), range(2 * columns)), ())
+    listed = pairs_of(ours)
+    for place, pairs in itertools.groupby(listed, key=lambda pair: pair[0]):
+        lists[divmod(place, ours.offsets.shape[2])] = tuple(i for _, i in pairs)
+    every = pairs_of(theirs)
+    for place, pairs in itertools.groupby(every, key=lambda pair: pair[0]):
+        row, column = divmod(place, columns)
+        square = [i for _, i in pairs]
+        for quarter in itertools.product((2 * row, 2 * row + 1), (2 * column, 2 * column + 1)):
+            tile = lists.pop(quarter)
+            kept = set(tile)
+            assert len(kept) == len(tile)
+            assert list(tile) == [i for i in square if i in kept]
+    assert not any(lists.values())
+    assert len(listed) < 0.5 * 4 * len(every)
