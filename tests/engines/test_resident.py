@@ -304,12 +304,14 @@ class BudgetInBytes:
         return (self.size - needed) // row_bytes
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_cache_makes_room_for_larger_images_of_the_same_rows(device, monkeypatch):
-    """As when splatfacto's schedule doubles their sides."""
+def test_a_cache_makes_room_for_larger_images_of_the_same_rows(monkeypatch):
+    """As when splatfacto's schedule doubles their sides.
+
+    Not on a GPU, where what rows take beside is measured: torch's pieces are larger than all this.
+    """
     monkeypatch.setattr(sizing, "_VIEW_ROW_BYTES", 0)  # a view needs memory for its pixels alone
     layout, pixels = RowLayout(0), ring_of_views()[0].width * ring_of_views()[0].height
-    engine = make_engine(random_rows(ROWS, layout), layout, device, ROWS)
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", ROWS)
     engine.budget = BudgetInBytes(4 * pixels * sizing._PIXEL_BYTES + 400 * layout.cached_bytes)
 
     def view_at(step: int) -> View:

@@ -293,7 +293,7 @@ def test_as_many_squares_as_16_bits_count_and_more(rows: int) -> None:
     given.opacities.fill_(0.5)
     given = Splats(*(tensor.cuda() for tensor in given))
     pairs = pairs_of(tile_lists(*given, width, height))
-    assert len(pairs) > 100 and pairs[-1] == (4 * 256 * rows - 1, 0)
+    assert len(pairs) > 60 and pairs[-1] == (4 * 256 * rows - 1, 0)
 
 
 def test_no_gradient_flows_and_views_are_fine() -> None:
