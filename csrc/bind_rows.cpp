@@ -16,6 +16,7 @@ namespace {
 using Columns = nb::ndarray<int32_t, nb::shape<9>, nb::c_contig, nb::device::cpu>;
 using Doubles1 = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Doubles2 = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Moments = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float or int16
 using GroupOf = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void require(bool condition, const char *message) {
@@ -24,23 +25,27 @@ void require(bool condition, const char *message) {
 
 // The arrays of a host store, kept alive by the references inside.
 struct Store {
-    Floats2 params, exp_avg, exp_avg_sq;
+    Floats2 params;
+    Moments exp_avg, exp_avg_sq;
     std::optional<Floats2> spheres;
     RowStore raw;
 
-    Store(Floats2 p, Floats2 m, Floats2 v, std::optional<Floats2> sp, Columns columns)
+    Store(Floats2 p, Moments m, Moments v, std::optional<Floats2> sp, Columns columns)
         : params(p), exp_avg(m), exp_avg_sq(v), spheres(sp) {
         const int64_t width = p.shape(1);
         require(width % 16 == 0 && width <= kMaxWidth, "row width must be a multiple of 16, <= 128");
         require(m.shape(0) == p.shape(0) && v.shape(0) == p.shape(0) &&
                     (int64_t)m.shape(1) == width && (int64_t)v.shape(1) == width,
                 "params, exp_avg and exp_avg_sq must have the same shape");
+        const bool narrow = m.dtype() == nb::dtype<int16_t>();
+        require(m.dtype() == v.dtype() && (narrow || m.dtype() == nb::dtype<float>()),
+                "both moments must be float32, or bfloat16 as int16");
         require(!sp || (sp->shape(0) >= p.shape(0) && sp->shape(1) == 4),
                 "spheres must be [capacity, 4]");
         const int32_t *c = columns.data();
         for (int i = 0; i < 9; ++i) require(c[i] >= 0 && c[i] < width, "column outside of the row");
-        raw = {p.data(), m.data(), v.data(), sp ? sp->data() : nullptr, width, c[0], c[1],
-               c[2],     c[3],     c[4],     c[5],     c[6],  c[7],  c[8]};
+        raw = {p.data(), m.data(), v.data(), sp ? sp->data() : nullptr, width, narrow,
+               c[0],     c[1],     c[2],     c[3], c[4], c[5], c[6], c[7], c[8]};
     }
     int64_t capacity() const { return (int64_t)params.shape(0); }
 };
@@ -183,7 +188,7 @@ void step(const Store &store, const Tables &tables, Ids ids, Floats2 grads, Floa
 void bind_rows(nb::module_ &m) {
     // noconvert: nanobind would otherwise hand us a converted copy and lose what we write to it.
     nb::class_<Store>(m, "Rows")
-        .def(nb::init<Floats2, Floats2, Floats2, std::optional<Floats2>, Columns>(),
+        .def(nb::init<Floats2, Moments, Moments, std::optional<Floats2>, Columns>(),
              nb::arg("params").noconvert(), nb::arg("exp_avg").noconvert(), nb::arg("exp_avg_sq").noconvert(),
              nb::arg("spheres").noconvert().none(), nb::arg("columns").noconvert());
     nb::class_<Tables>(m, "SkipTables")

@@ -1,6 +1,7 @@
 // Row kernels: gather settled rows, settle rows in place, settle + Adam step in one pass.
 //
-// A row is `width` floats in each of three arrays (params, exp_avg, exp_avg_sq). The optimised
+// A row is `width` numbers in each of three arrays (params, exp_avg, exp_avg_sq): floats, or, of
+// the two moments, bfloat16 with stochastic rounding; see kernels/moments.h. The optimised
 // columns come first; the bookkeeping columns follow and hold zeros in both moment arrays, so every
 // loop runs over the whole width without a mask: their S, gradient and step size are zero.
 #pragma once
@@ -15,10 +16,10 @@ constexpr int64_t kMaxWidth = 128;
 
 struct RowStore {
     float *params;
-    float *exp_avg;
-    float *exp_avg_sq;
+    void *exp_avg, *exp_avg_sq;  // of float, or of bfloat16 if `narrow`
     float *spheres;  // [capacity, 4] bounding spheres for the culler, or null
     int64_t width;
+    bool narrow;
     int32_t mean, scale;                        // first of three columns each
     int32_t quat;                               // first of four columns
     int32_t opacity;

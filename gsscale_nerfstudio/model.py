@@ -57,10 +57,15 @@ class GSScaleModelConfig(SplatfactoModelConfig):
 
     _target: type = field(default_factory=lambda: GSScaleModel)
     max_gaussians: int | None = None
-    """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3. When the
-    limit is reached, densification goes on with the most needed ones only. Training does not begin
-    if host memory cannot hold them. Unset: as many as host memory holds at the time. GPU memory and
-    speed depend on the Gaussians that a view sees, not on this."""
+    """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3 (528 with
+    moments of 16 bits). When the limit is reached, densification goes on with the most needed ones
+    only. Training does not begin if host memory cannot hold them. Unset: as many as host memory
+    holds at the time. GPU memory and speed depend on the Gaussians that a view sees, not on
+    this."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How Adam's two moments of each Gaussian are kept. "bfloat16", rounded stochastically: a third
+    less host memory (528 bytes a Gaussian for 784 at SH degree 3), a third less over the link, half
+    as many Gaussians again in the resident engine's cache; no longer exactly dense Adam."""
     engine: Literal["auto", "host", "resident"] = "auto"
     """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
     the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
@@ -100,7 +105,8 @@ class GSScaleModel(SplatfactoModel):
     def populate_modules(self) -> None:
         config = self.config
         self.strategy = make_strategy(config, self.num_train_data)  # refuses what cannot be
-        store = HostStore(RowLayout(config.sh_degree), config.max_gaussians)
+        layout = RowLayout(config.sh_degree, getattr(torch, config.moment_dtype))
+        store = HostStore(layout, config.max_gaussians)
         seed_rows(store, config, self.seed_points)
         self.seed_points = None
         self.upcoming: list[Cameras] = []

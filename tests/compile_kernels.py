@@ -93,13 +93,18 @@ KERNELS = [
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": False}),
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": True, "NOISE": True}),
     (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True}),
+    (kernels.exchange_rows, {**ROWS, "NARROW": True}),
+    (kernels.gather_leaves, {**ROWS, "FROM_HOST": True, "NARROW": True}),
+    (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True, "NARROW": True}),
     (noise_kernels._draw, {**NOISE, "FROM_HOST": True, "DRAW_OWN": True}),
     (noise_kernels._step, NOISE),
+    (noise_kernels._step, {**NOISE, "NARROW": True}),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True, "ADD": False}),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": False, "ADD": True}),
     (staging_kernels.unpack_rows, {**ROWS, "SCATTER": True}),
     (slot_kernels._summarize, SLOTS),
     (slot_kernels._limit, SLOTS),
+    (slot_kernels._limit, {**SLOTS, "NARROW": True}),
     (tile_lists._count_tiles, TILES),
     (gradients._gradients, {**PARTS, "ABSOLUTE": False}),
     (gradients._gradients, {**PARTS, "CHANNELS": 4, "ABSOLUTE": True}),
@@ -114,7 +119,9 @@ if FUSED:
     ]
 
 
-def type_of(name: str, kernel: Any) -> str:
+def type_of(name: str, kernel: Any, narrow: bool = False) -> str:
+    if narrow and name.split("_")[-1] in ("m", "v") and not name.startswith("one_minus"):
+        return "*i16"
     if name in INTEGERS or name.endswith("stride"):
         return "i32"
     if name in FLOATS:
@@ -140,10 +147,11 @@ def type_of(name: str, kernel: Any) -> str:
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], capability: int) -> int:
+    narrow = constants.get("NARROW", False)
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {
-        name: "constexpr" if name in constants else type_of(name, kernel) for name in names
+        name: "constexpr" if name in constants else type_of(name, kernel, narrow) for name in names
     }
     if "constexprs" in inspect.signature(ASTSource).parameters:
         of = {(names.index(name),): value for name, value in constants.items()}

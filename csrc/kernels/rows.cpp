@@ -2,6 +2,7 @@
 // was compiled for AVX-512 and call it on an older CPU.
 #include "rows.h"
 
+#include "moments.h"
 #include "noise.h"
 
 #include <math.h>
@@ -28,10 +29,11 @@ inline int threads_for(int64_t rows) { return rows < kRowsForThreads ? 1 : omp_g
 
 inline void prefetch_row(const RowStore &s, int64_t row) {
     const int64_t at = row * s.width;
-    for (int64_t c = 0; c < s.width; c += 16) {
-        __builtin_prefetch(s.params + at + c, 1);
-        __builtin_prefetch(s.exp_avg + at + c, 1);
-        __builtin_prefetch(s.exp_avg_sq + at + c, 1);
+    for (int64_t c = 0; c < s.width; c += 16) __builtin_prefetch(s.params + at + c, 1);
+    const int64_t size = s.narrow ? 2 : 4;
+    for (int64_t c = 0; c < s.width; c += 64 / size) {
+        __builtin_prefetch((const char *)s.exp_avg + (at + c) * size, 1);
+        __builtin_prefetch((const char *)s.exp_avg_sq + (at + c) * size, 1);
     }
 }
 
@@ -78,19 +80,20 @@ inline void settle_row(const Skip &skip, const float *eps, int64_t width, float 
 // Bounding sphere for the culler, wide enough for every step that may be skipped from here on:
 // without a gradient an element moves monotonically towards w - S(t, inf) m / (sqrt(v) + eps).
 inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
-    const float *w = s.params + row * s.width;
-    const float *m = s.exp_avg + row * s.width;
-    const float *v = s.exp_avg_sq + row * s.width;
+    const int64_t at = row * s.width;
+    const float *w = s.params + at;
+    const auto m = [&](int c) { return moment(s, s.exp_avg, at + c); };
+    const auto root = [&](int c) { return sqrtf(moment(s, s.exp_avg_sq, at + c)); };
     // The denominator's eps factor grows with the step, so the current one bounds the motion.
     const float f = t.eps_scale[t.step];
     float moved = 0.0f, far = 0.0f, largest = -INFINITY;
     for (int i = 0; i < 3; ++i) {
         const int c = s.mean + i;
-        const float motion = t.reach[c] * m[c] / (sqrtf(v[c]) + t.eps[c] * f);
+        const float motion = t.reach[c] * m(c) / (root(c) + t.eps[c] * f);
         moved += motion * motion;
         far += fabsf(w[c]);
         const int k = s.scale + i;
-        const float shrink = t.reach[k] * m[k] / (sqrtf(v[k]) + t.eps[k] * f);
+        const float shrink = t.reach[k] * m(k) / (root(k) + t.eps[k] * f);
         const float reached = shrink < 0.0f ? w[k] - shrink : w[k];
         // NaN wins and stays: the culler keeps a broken row rather than dropping it silently.
         if (!(largest >= reached)) largest = largest != largest ? largest : reached;
@@ -98,7 +101,7 @@ inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
     float noise = 0.0f;
     if (t.noise.before) {
         const int k = s.opacity;
-        const float drop = t.reach[k] * m[k] / (sqrtf(v[k]) + t.eps[k] * f);
+        const float drop = t.reach[k] * m(k) / (root(k) + t.eps[k] * f);
         noise = distance_to_come(s, t.noise, w, largest, drop > 0.0f ? w[k] - drop : w[k]);
     }
     float *sphere = s.spheres + row * 4;
@@ -114,7 +117,8 @@ inline float settled(const RowStore &s, const SkipTables &t, int64_t stamp, int6
     const float S = gap <= t.horizon ? t.skip[gap * s.width + c]
                                      : t.tail[stamp * t.n_groups + t.group[c]];
     return s.params[at + c] -
-           S * s.exp_avg[at + c] / (sqrtf(s.exp_avg_sq[at + c]) + t.eps[c] * t.eps_scale[stamp]);
+           S * moment(s, s.exp_avg, at + c) /
+               (sqrtf(moment(s, s.exp_avg_sq, at + c)) + t.eps[c] * t.eps_scale[stamp]);
 }
 
 // The four cache lines of a row that `summarize` reads, of which it writes one.
@@ -122,8 +126,9 @@ inline void prefetch_summary(const RowStore &s, int64_t row) {
     const int64_t at = row * s.width;
     __builtin_prefetch(s.params + at + s.scale);
     __builtin_prefetch(s.params + at + s.stamp, 1);
-    __builtin_prefetch(s.exp_avg + at + s.scale);
-    __builtin_prefetch(s.exp_avg_sq + at + s.scale);
+    const int64_t size = s.narrow ? 2 : 4;
+    __builtin_prefetch((const char *)s.exp_avg + (at + s.scale) * size);
+    __builtin_prefetch((const char *)s.exp_avg_sq + (at + s.scale) * size);
 }
 
 // Position in ids of the i-th row of the selection.
@@ -163,8 +168,9 @@ void gather_settled(const RowStore &s, const SkipTables &t, const Selection &row
         float scratch[kMaxWidth];
         const Skip skip = skip_of(t, width, stamp, scratch);
         const float *__restrict__ S = skip.S;
-        const float *__restrict__ m = s.exp_avg + at;
-        const float *__restrict__ v = s.exp_avg_sq + at;
+        float m_scratch[kMaxWidth], v_scratch[kMaxWidth];
+        const float *__restrict__ m = moments_of(s, s.exp_avg, at, m_scratch);
+        const float *__restrict__ v = moments_of(s, s.exp_avg_sq, at, v_scratch);
         const float *__restrict__ eps = t.eps;
 #pragma omp simd
         for (int64_t c = 0; c < width; ++c)
@@ -184,7 +190,11 @@ void settle_range(const RowStore &s, const SkipTables &t, int64_t begin, int64_t
         float scratch[kMaxWidth];
         const Skip skip = skip_of(t, s.width, stamp, scratch);
         const Origin origin = origin_of(s, w);
-        settle_row(skip, t.eps, s.width, w, s.exp_avg + at, s.exp_avg_sq + at);
+        float m_scratch[kMaxWidth], v_scratch[kMaxWidth];
+        float *m = moments_of(s, s.exp_avg, at, m_scratch);
+        float *v = moments_of(s, s.exp_avg_sq, at, v_scratch);
+        settle_row(skip, t.eps, s.width, w, m, v);
+        keep_moments(s, at, t.step, m, v);
         if (t.noise.before) disturb(s, origin, kSkipped, deviation_since(t.noise, stamp), w);
         w[s.stamp] = (float)t.step;
     }
@@ -198,8 +208,9 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
         prefetch_ahead(s, rows, i);
         const int64_t place = place_of(rows, i), row = rows.ids[place], at = row * width;
         float *__restrict__ w = s.params + at;
-        float *__restrict__ m = s.exp_avg + at;
-        float *__restrict__ v = s.exp_avg_sq + at;
+        float m_scratch[kMaxWidth], v_scratch[kMaxWidth];
+        float *__restrict__ m = moments_of(s, s.exp_avg, at, m_scratch);
+        float *__restrict__ v = moments_of(s, s.exp_avg_sq, at, v_scratch);
         const int64_t stamp = stamp_of(s, w);
         const Origin origin = origin_of(s, w);
         if (stamp != t.step) {
@@ -226,6 +237,7 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
             m[c] = flush(mc);
             v[c] = flush(vc);
         }
+        keep_moments(s, at, t.step + 1, m, v);
         if (t.noise.before) disturb(s, origin, kOwn, a.noise, w);
         w[s.stamp] = (float)(t.step + 1);
         if (forward) memcpy(forward + i * width, w, width * sizeof(float));
@@ -270,7 +282,8 @@ void limit_opacities(const RowStore &s, const SkipTables &t, int64_t n, float mo
         const float now = settled(s, t, stamp_of(s, s.params + at), at, s.opacity);
         // Without moments it will not move until its next gradient, whatever the row's stamp says.
         s.params[opacity] = now > most ? most : now;
-        s.exp_avg[opacity] = s.exp_avg_sq[opacity] = 0.0f;
+        clear_moment(s, s.exp_avg, opacity);
+        clear_moment(s, s.exp_avg_sq, opacity);
     }
 }
 

@@ -24,6 +24,7 @@ from gsscale_nerfstudio.engines.kernels import (
     settle_and_step_rows,
     tile_of,
 )
+from gsscale_nerfstudio.engines.moment_kernels import pointer_of
 from gsscale_nerfstudio.engines.noise_kernels import draw_noise, step_noise
 from gsscale_nerfstudio.engines.slot_kernels import limit_slots, summarize_slots
 from gsscale_nerfstudio.engines.staging import Staging
@@ -72,9 +73,10 @@ class RowCache:
     def __init__(self, store: HostStore, device: torch.device, slots: int) -> None:
         self.store = store
         self.device = device
-        width = store.layout.width
+        width, moments = store.layout.width, store.layout.moments
         self.params, self.exp_avg, self.exp_avg_sq = (
-            torch.empty(slots, width, device=device) for _ in range(3)
+            torch.empty(slots, width, dtype=dtype, device=device)
+            for dtype in (torch.float32, moments, moments)
         )
         self.table = _C.SlotTable(slots, len(store))
         self.expected: dict[int, View] = {}
@@ -206,10 +208,11 @@ class RowCache:
         Takes a third of the present slots' memory in addition while it copies.
         """
         for name in ("params", "exp_avg", "exp_avg_sq"):  # one at a time, for the sake of memory
-            grown = torch.empty(slots, self.store.layout.width, device=self.device)
-            grown[: len(self)] = getattr(self, name)[: len(self)]  # longer, if this failed before
+            present = getattr(self, name)
+            grown = present.new_empty(slots, self.store.layout.width)
+            grown[: len(self)] = present[: len(self)]  # longer, if this failed before
             setattr(self, name, grown)
-            del grown
+            del grown, present
         self.table.resize(slots, len(self.store))
         self._free_slots = slots - self.table.in_use
         self._make_lists(slots)
@@ -331,11 +334,12 @@ class RowCache:
 
     @property
     def _arrays(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.params, self.exp_avg, self.exp_avg_sq
+        return self.params, pointer_of(self.exp_avg), pointer_of(self.exp_avg_sq)
 
     @property
     def _host_arrays(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.store.params, self.store.exp_avg, self.store.exp_avg_sq
+        store = self.store
+        return store.params, pointer_of(store.exp_avg), pointer_of(store.exp_avg_sq)
 
     def _exchange(self, moves: Tensor) -> None:
         """Queue ``moves`` (see :func:`.kernels.exchange_rows`) on the current stream.

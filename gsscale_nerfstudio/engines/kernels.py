@@ -2,7 +2,8 @@
 
 They do what ``csrc/kernels/rows.cpp`` does, with the same formulas (:class:`.AdamHistory`). A tile
 is a few rows by all columns, so that each row is one contiguous piece of memory on either side of
-the link. All pointers to rows are to ``[*, WIDTH]`` float32; host arrays are page-locked.
+the link. All pointers to rows are to ``[*, WIDTH]`` float32, or, of moments, int16 for bfloat16;
+host arrays are page-locked.
 """
 
 # Triton wants its block sizes and column numbers in capitals, as constants of the compilation.
@@ -24,6 +25,7 @@ from gsscale_nerfstudio.engines.color_kernels import (
 )
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.leaf_kernels import load_leaves, store_leaves
+from gsscale_nerfstudio.engines.moment_kernels import load_moment, round_moments, store_moment
 from gsscale_nerfstudio.store import RowLayout
 
 RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -245,11 +247,11 @@ def gather_leaves(
         HORIZON,
         GROUPS,
     )
-    m = tl.load(cache_m + here, mask=take & behind, other=0.0)
-    v = tl.load(cache_v + here, mask=take & behind, other=0.0)
+    m = load_moment(cache_m + here, take & behind)
+    v = load_moment(cache_v + here, take & behind)
     if FROM_HOST:
-        m += tl.load(host_m + there, mask=fetch & behind, other=0.0)
-        v += tl.load(host_v + there, mask=fetch & behind, other=0.0)
+        m += load_moment(host_m + there, fetch & behind)
+        v += load_moment(host_v + there, fetch & behind)
     # As the host rounds: a row looks the same, bit by bit, wherever it is settled to be looked at.
     w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
     if NOISE:
@@ -323,8 +325,8 @@ def settle_and_step_rows(
     at = slot[:, None] * WIDTH + column
     take = live[:, None] & inside
     w = tl.load(cache_w + at, mask=take, other=0.0)
-    m = tl.load(cache_m + at, mask=take, other=0.0)
-    v = tl.load(cache_v + at, mask=take, other=0.0)
+    m = load_moment(cache_m + at, take)
+    v = load_moment(cache_v + at, take)
     stamp = tl.load(cache_w + slot * WIDTH + STAMP, mask=live, other=0.0).to(tl.int32)
     stamp = tl.where(live, stamp, step)
     group = tl.load(group_of + column, mask=inside, other=0)
@@ -364,6 +366,7 @@ def settle_and_step_rows(
     # Denormals would never end decaying.
     m = tl.where(tl.abs(m) < 1.17549435e-38, 0.0, m)
     v = tl.where(v < 1.17549435e-38, 0.0, v)
+    m, v = round_moments(cache_m, m, v, at, step + 1)
 
     w = tl.where(column == STAMP, (step + 1).to(tl.float32), w)
     if HAS_STATISTICS:
@@ -373,8 +376,8 @@ def settle_and_step_rows(
         w += tl.where(column == GRAD2D, norm, 0.0) + tl.where(column == COUNT, times, 0.0)
         w = tl.where((column == MAX_RADIUS) & (radius > w), radius, w)
     tl.store(cache_w + at, w, mask=take)
-    tl.store(cache_m + at, m, mask=take)
-    tl.store(cache_v + at, v, mask=take)
+    store_moment(cache_m + at, m, take)
+    store_moment(cache_v + at, v, take)
 
     # The culler's sphere, as write_sphere in rows.cpp: room for all that skipped steps can add.
     now = tl.load(eps_scale + step)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gsscale_nerfstudio.engines.kernels import LAUNCH
+from gsscale_nerfstudio.engines.moment_kernels import load_moment
 from gsscale_nerfstudio.engines.slot_kernels import SLOTS, Arrays, settled_element
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import GROUPS, RowLayout
@@ -177,8 +178,8 @@ def _draw(
 def _reached(w, m, v, at, live, column, reach_of, eps_of, now):
     """An element of each row, and where skipped steps may take it at most: up and down."""
     value = tl.load(w + at + column, mask=live, other=0.0)
-    first = tl.load(m + at + column, mask=live, other=0.0)
-    second = tl.load(v + at + column, mask=live, other=0.0)
+    first = load_moment(m + at + column, live)
+    second = load_moment(v + at + column, live)
     eps = tl.load(eps_of + column)
     motion = tl.load(reach_of + column) * first / (tl.sqrt(second) + eps * now)
     return value, tl.maximum(value, value - motion), tl.minimum(value, value - motion)

@@ -43,7 +43,7 @@ class Rates:
 
     def resident_seconds(self, missed: float, layout: RowLayout) -> float:
         """Time of the link for rows that enter the cache, while as many leave it."""
-        return missed * 3 * layout.width * 4 / self.link
+        return missed * layout.cached_bytes / self.link
 
     def host_seconds(self, rows: float, layout: RowLayout) -> float:
         """Time of the link, or of host memory if that is longer, for a view's rows.
@@ -52,7 +52,8 @@ class Rates:
         and moments to step a row, and reads them once more to settle it for the next view.
         """
         floats = 4 * layout.width
-        return rows * max(floats / self.link, (2 * 3 + 1 + 3 + 1) * floats / self.memory)
+        moved = (2 + 1) * layout.cached_bytes + 2 * floats
+        return rows * max(floats / self.link, moved / self.memory)
 
 
 def _fastest(copy: Callable[[], object], device: torch.device) -> float:

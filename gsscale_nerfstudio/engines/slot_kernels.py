@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gsscale_nerfstudio.engines.kernels import LAUNCH, RUN_ON_CPU
+from gsscale_nerfstudio.engines.moment_kernels import load_moment, store_moment
 from gsscale_nerfstudio.engines.streams import mark_current, wait
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import GROUPS, RowLayout
@@ -47,8 +48,8 @@ def settled_element(
     s += tl.load(tail + stamp * N_GROUPS + group, mask=live & (gap > HORIZON), other=0.0)
     f = tl.load(eps_scale + stamp, mask=live, other=1.0)
     now = tl.load(w + at, mask=live, other=0.0)
-    first = tl.load(m + at, mask=live, other=0.0)
-    second = tl.load(v + at, mask=live, other=0.0)
+    first = load_moment(m + at, live)
+    second = load_moment(v + at, live)
     return now - tl.div_rn(s * first, tl.sqrt_rn(second) + eps * f)
 
 
@@ -104,8 +105,8 @@ def _limit(
     zero = tl.zeros([SLOTS], tl.float32)
     # Without moments it will not move until its next gradient, whatever the row's stamp says.
     tl.store(w + at + OPACITY, tl.where(now > most, most, now), mask=live)
-    tl.store(m + at + OPACITY, zero, mask=live)
-    tl.store(v + at + OPACITY, zero, mask=live)
+    store_moment(m + at + OPACITY, zero, live)
+    store_moment(v + at + OPACITY, zero, live)
 
 
 def summarize_slots(

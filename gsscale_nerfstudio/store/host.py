@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,12 +41,23 @@ def locked_ahead(layout: RowLayout, rows: int) -> int:
     return 3 * pin_chunk(rows * layout.width * 4)
 
 
+def numpy_of(array: Tensor) -> np.ndarray:
+    """An array of a store as kernels take it: NumPy knows no bfloat16, and sees int16."""
+    return (array.view(torch.int16) if array.dtype == torch.bfloat16 else array).numpy()
+
+
+def _floats_of(array: Tensor) -> np.ndarray:
+    """Rows as so many floats, for who moves them without looking at them."""
+    return array.view(torch.float32).numpy()
+
+
 class HostStore:
     """All rows in three arrays of equal row width: ``params``, ``exp_avg``, ``exp_avg_sq``.
 
-    Each is ``[capacity, layout.width]`` float32; the first ``len(store)`` rows are in use. The
-    moments of rows that no optimizer has touched are pages never written, so a store that is only
-    rendered takes memory for ``params`` alone. ``spheres`` and ``blocks`` are the culler's bounds.
+    Each is ``[capacity, layout.width]``, float32 or, of moments, what the layout says. The first
+    ``len(store)`` rows are in use. Moments of rows that no optimizer has touched are pages never
+    written, so a store that is only rendered takes memory for ``params`` alone. ``spheres`` and
+    ``blocks`` are the culler's bounds.
 
     Args:
         layout: the columns of a row.
@@ -73,7 +85,8 @@ class HostStore:
                     f"--pipeline.model.max-gaussians to at most {limit // self.row_bytes:,}"
                 )
         self.capacity = max_rows or UNBOUNDED_ROWS
-        self._arrays = [ReservedArray(self.capacity, layout.width) for _ in range(3)]
+        types = (torch.float32, layout.moments, layout.moments)
+        self._arrays = [ReservedArray(self.capacity, layout.width, dtype) for dtype in types]
         self.params, self.exp_avg, self.exp_avg_sq = (a.tensor for a in self._arrays)
         self._bounds = [
             ReservedArray(self.capacity, 4),
@@ -82,8 +95,8 @@ class HostStore:
         self.spheres, self.blocks = (a.tensor for a in self._bounds)
         self.kernel_rows = _C.Rows(
             self.params.numpy(),
-            self.exp_avg.numpy(),
-            self.exp_avg_sq.numpy(),
+            numpy_of(self.exp_avg),
+            numpy_of(self.exp_avg_sq),
             self.spheres.numpy(),
             layout.kernel_columns,
         )
@@ -267,7 +280,7 @@ class HostStore:
         self._write(edit.rewritten, edit.values, edit.keeps_moments)
         source, target = placement.sources.numpy(), placement.targets.numpy()
         for array in (self.params, self.exp_avg, self.exp_avg_sq, self.spheres):
-            _C.copy_rows(array.numpy(), source, target)
+            _C.copy_rows(_floats_of(array), source, target)
         self.resize(placement.n)
         self._write(placement.added, edit.added)
         self._unsorted += len(target) + len(edit.added)
@@ -276,7 +289,7 @@ class HostStore:
     def _write(self, ids: Tensor, values: Tensor, keeps_moments: bool = False) -> None:
         _C.fill_rows(self.params.numpy(), ids.numpy(), values.numpy())
         for array in () if keeps_moments else (self.exp_avg, self.exp_avg_sq):
-            _C.fill_rows(array.numpy(), ids.numpy())
+            _C.fill_rows(_floats_of(array), ids.numpy())
 
     def renew_keys(self) -> None:
         """Give all rows the keys that they have after they were loaded."""
@@ -297,7 +310,7 @@ class HostStore:
         """
         order = morton_order(self.params, self.layout.columns["means"].start, self._n)
         for array in (self.params, self.exp_avg, self.exp_avg_sq, self.spheres):
-            _C.permute_rows(array.numpy(), order.numpy())
+            _C.permute_rows(_floats_of(array), order.numpy())
         self._unsorted = 0
         return order
 

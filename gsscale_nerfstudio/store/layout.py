@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from gsscale_nerfstudio.streamed import STREAMS
 
@@ -34,9 +35,11 @@ class RowLayout:
 
     Args:
         sh_degree: maximum degree of the spherical harmonics, 0 to 4.
+        moments: how Adam's moments are stored, float32 or bfloat16.
     """
 
     sh_degree: int
+    moments: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if not 0 <= self.sh_degree <= 4:
@@ -88,7 +91,7 @@ class RowLayout:
     @property
     def cached_bytes(self) -> int:
         """Of a row with its moments: in a cache on the device, and on the link."""
-        return 3 * self.width * 4
+        return self._bytes(self.width)
 
     @property
     def stored_bytes(self) -> int:
@@ -98,7 +101,10 @@ class RowLayout:
     @property
     def snapshot_bytes(self) -> int:
         """Of the copy of a row that a checkpoint holds until it is written; 0 if it needs none."""
-        return 0 if STREAMS else (3 * self.optimized + len(STATISTICS)) * 4
+        return 0 if STREAMS else self._bytes(self.optimized) + len(STATISTICS) * 4
+
+    def _bytes(self, columns: int) -> int:
+        return columns * (4 + 2 * self.moments.itemsize)
 
     @cached_property
     def group_of_column(self) -> np.ndarray:

@@ -94,10 +94,12 @@ def train_and_refine(engine: Engine, strategy: RowStrategy | RowMCMCStrategy) ->
     engine.settle()
 
 
-@pytest.mark.parametrize("room", [1.5, None])
-def test_engines(accesses: dict[str, int], room: float | None) -> None:
+@pytest.mark.parametrize(
+    ("room", "moments"), [(1.5, torch.float32), (1.5, torch.bfloat16), (None, torch.float32)]
+)
+def test_engines(accesses: dict[str, int], room: float | None, moments: torch.dtype) -> None:
     """Rows come, go, are stepped, edited, reset and rendered, by either engine."""
-    layout = RowLayout(1)
+    layout = RowLayout(1, moments)
     slots = None if room is None else int(room * largest_view(layout))
     engine = make_engine(random_rows(ROWS, layout), layout, "cpu", slots)
     strategy = RowStrategy(
@@ -116,9 +118,10 @@ def test_engines(accesses: dict[str, int], room: float | None) -> None:
     assert min(accesses.values()) > 1000
 
 
-def test_noise(accesses: dict[str, int]) -> None:
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_noise(accesses: dict[str, int], moments: torch.dtype) -> None:
     """The resident engine with noise, and a strategy that relocates rows and adds some."""
-    layout = RowLayout(1)
+    layout = RowLayout(1, moments)
     engine = make_engine(random_rows(ROWS, layout), layout, "cpu", int(1.5 * largest_view(layout)))
     strategy = RowMCMCStrategy(
         refine_start_iter=5, refine_every=10, noise_lr=100.0, min_opacity=0.45

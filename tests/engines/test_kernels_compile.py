@@ -34,4 +34,4 @@ def test_kernels_compile(capability, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(sizes) == (19 if FUSED else 17) and min(sizes) > 1000
+    assert len(sizes) == (24 if FUSED else 22) and min(sizes) > 1000

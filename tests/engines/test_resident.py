@@ -98,9 +98,10 @@ def test_renders_and_wrong_announcements_do_not_disturb(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cached", [True, False])
-def test_what_is_fetched_is_what_is_settled(device, cached):
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_what_is_fetched_is_what_is_settled(device, cached, moments):
     """Rows in the cache and rows in the host store, at any number of steps behind."""
-    layout = RowLayout(1)
+    layout = RowLayout(1, moments)
     room = 2 * largest_view(layout) if cached else None
     engine = make_engine(random_rows(ROWS, layout), layout, device, room)
     drive(engine, 30)
@@ -115,9 +116,10 @@ def test_what_is_fetched_is_what_is_settled(device, cached):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_culling_ahead_drops_no_row(device):
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_culling_ahead_drops_no_row(device, moments):
     """A view that was culled before the last step was done holds all rows that it sees after."""
-    layout = RowLayout(1)
+    layout = RowLayout(1, moments)
     engine = make_engine(random_rows(ROWS, layout), layout, device, ROWS)
     views = ring_of_views()
     ahead, exact = [], []

@@ -72,7 +72,8 @@ def busy_config(scene: Path, output: Path, steps: int, variant: str = "plain"):
         densify_size_thresh=0.1,
         num_downscales=1,
         resolution_schedule=17,
-        engine="resident" if variant == "resident" else "host",
+        engine="resident" if variant.startswith("resident") else "host",
+        moment_dtype="bfloat16" if variant.endswith("16 bits") else "float32",
     )
     config.steps_per_save = STOP - 1
     config.steps_per_eval_image = 9
@@ -94,7 +95,15 @@ def last_checkpoint(trainer) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "variant",
-    ["plain", "other modules", "view lookahead", "farthest points", "resident"],
+    [
+        "plain",
+        "other modules",
+        "view lookahead",
+        "farthest points",
+        "resident",
+        "16 bits",
+        "resident, 16 bits",
+    ],
 )
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     scene, tmp_path, variant, capsys

@@ -13,6 +13,7 @@ from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, host, layout
 from gsscale_nerfstudio.store.edit import RowEdit
+from gsscale_nerfstudio.store.host import numpy_of
 from gsscale_nerfstudio.store.memory import ReservedArray
 from gsscale_nerfstudio.store.order import morton_order
 
@@ -29,9 +30,11 @@ class StoreMachine(RuleBasedStateMachine):
     Each row carries an unmistakable name (its first opacity) in the model and in the store.
     """
 
+    layout = LAYOUT
+
     def __init__(self) -> None:
         super().__init__()
-        self.store = HostStore(LAYOUT, max_rows=20_000)
+        self.store = HostStore(self.layout, max_rows=20_000)
         self.model: dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.next_name = 1
         self.rng = np.random.default_rng(0)
@@ -41,7 +44,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def snapshot(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.store
-        return tuple(a[row].numpy().copy() for a in (s.params, s.exp_avg, s.exp_avg_sq))
+        return tuple(numpy_of(a[row]).copy() for a in (s.params, s.exp_avg, s.exp_avg_sq))
 
     def fill(self, first: int) -> None:
         s = self.store
@@ -125,6 +128,16 @@ class StoreMachine(RuleBasedStateMachine):
 
 StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
 TestStore = StoreMachine.TestCase
+
+
+class NarrowStoreMachine(StoreMachine):
+    layout = RowLayout(LAYOUT.sh_degree, torch.bfloat16)
+
+
+NarrowStoreMachine.TestCase.settings = settings(
+    max_examples=10, stateful_step_count=12, deadline=None
+)
+TestNarrowStore = NarrowStoreMachine.TestCase
 
 
 @pytest.mark.parametrize("degree, width", [(0, 32), (1, 32), (2, 48), (3, 64), (4, 96)])
