@@ -14,6 +14,8 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
+import torch
+
 from benchmarks.report import markdown
 from benchmarks.tables import TextTable
 from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES, FREE_SHARE
@@ -41,7 +43,13 @@ IMAGE_BYTES = 4 * 10**9
 """Host memory for images: cache-images disk with image-memory-gb 4."""
 
 
-def circumstances(rows: int, share: float, card: int, machine: int | None = None) -> Circumstances:
+def circumstances(
+    rows: int,
+    share: float,
+    card: int,
+    machine: int | None = None,
+    moments: torch.dtype = torch.float32,
+) -> Circumstances:
     """Those of a training with ``rows`` Gaussians; without ``machine`` host memory has no end.
 
     Args:
@@ -49,13 +57,14 @@ def circumstances(rows: int, share: float, card: int, machine: int | None = None
         share: of them that the largest view sees.
         card: GPU memory, GiB.
         machine: host memory, GiB.
+        moments: how Adam's are kept.
     """
     free = FREE_SHARE * ((card << 30) - DESKTOP_BYTES - CONTEXT_BYTES)
     memory, left = 1 << 50, 0
     if machine is not None:
         memory, left = (machine << 30) - SYSTEM_BYTES, headroom(machine << 30)
     return Circumstances(
-        layout=RowLayout(3),
+        layout=RowLayout(3, moments),
         rows=rows,
         wanted=None if machine is not None else rows,
         view_rows=int(share * rows),
@@ -84,9 +93,9 @@ def where(rows: int, share: float, card: int) -> str:
     return "host" if gpu.now <= gpu.available else "parts"
 
 
-def most(machine: int, share: float, card: int) -> int:
+def most(machine: int, share: float, card: int, moments: torch.dtype = torch.float32) -> int:
     """Rows that a scene of a million can grow to."""
-    return make_plan(circumstances(10**6, share, card, machine)).capacity
+    return make_plan(circumstances(10**6, share, card, machine, moments)).capacity
 
 
 def of_cards(share: float) -> TextTable:
@@ -96,7 +105,7 @@ def of_cards(share: float) -> TextTable:
     return TextTable(columns, rows)
 
 
-def of_machines() -> TextTable:
+def of_machines(moments: torch.dtype = torch.float32) -> TextTable:
     """Machines down, with the smallest and the largest card: :func:`most`."""
     cases = [(share, card) for share in SHARES for card in (CARDS[0], CARDS[-1])]
     columns = [
@@ -104,7 +113,7 @@ def of_machines() -> TextTable:
         *(f"{100 * share:.0f} % seen, {card} GB card" for share, card in cases),
     ]
     rows = [
-        [f"{machine} GB", *(f"{most(machine, *case) / 1e6:.0f} M" for case in cases)]
+        [f"{machine} GB", *(f"{most(machine, *case, moments) / 1e6:.0f} M" for case in cases)]
         for machine in MACHINES
     ]
     return TextTable(columns, rows)
@@ -115,6 +124,7 @@ def page() -> dict[str, str]:
     tables = {f"{100 * share:.0f} % of the Gaussians in the largest view": of_cards(share)
               for share in SHARES}  # fmt: skip
     tables["The largest scene that fits"] = of_machines()
+    tables["The same, with moments of 16 bits"] = of_machines(torch.bfloat16)
     return {title: "\n".join(markdown(table)) for title, table in tables.items()}
 
 

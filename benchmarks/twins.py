@@ -184,8 +184,8 @@ def rows_of(trainer: Any) -> Rows:
     for name in GROUPS:
         rows[name] = model.gauss_params[name].detach().cpu().clone()
         state = trainer.optimizers.optimizers[name].state_dict()["state"][0]
-        rows[f"exp_avg of {name}"] = state["exp_avg"].cpu().clone()
-        rows[f"exp_avg_sq of {name}"] = state["exp_avg_sq"].cpu().clone()
+        rows[f"exp_avg of {name}"] = state["exp_avg"].cpu().clone().float()
+        rows[f"exp_avg_sq of {name}"] = state["exp_avg_sq"].cpu().clone().float()
     if hasattr(model, "engine"):
         statistics = model.engine.store.resume_state()["statistics"]
         statistics["radii"] = statistics.pop("max_radius")

@@ -220,10 +220,12 @@ def _capacity(given: Circumstances, engine: type[HostEngine]) -> int:
         return fits
     if given.wanted > fits:
         parts = _host_parts(given, engine, given.wanted)
+        smaller = ", keep moments in 16 bits (--pipeline.model.moment-dtype bfloat16)"
         raise GSScaleError(
             f"{given.wanted:,} Gaussians take {_listed(parts)} of host memory, and "
             f"{_gb(given.memory)} are available (in a container, within its limit); lower "
-            f"--pipeline.model.max-gaussians to at most {fits:,}, or free host memory"
+            f"--pipeline.model.max-gaussians to at most {fits:,}"
+            f"{smaller if given.layout.moments.itemsize > 2 else ''}, or free host memory"
         )
     return given.wanted
 

@@ -2,9 +2,9 @@
 
 gsplat gives a pixel to each thread, walks through a tile's list, and at each Gaussian adds up nine
 numbers over the threads of a warp: most of its time goes into these sums, of which a small Gaussian
-leaves most terms zero. Here one program does a tile, a few Gaussians with all of its pixels at a
-time, as a matrix: products and sums along the list are scans, and each Gaussian's gradients are
-added up once for each tile.
+leaves most terms zero. Here one program does half a tile, some Gaussians with all of its pixels at
+a time, as a matrix: products and sums along the list are scans, and each Gaussian's gradients are
+added up once for each half.
 
 With alpha_i, the transmittance T_i before Gaussian i, its colour c_i, and a loss whose derivatives
 by a pixel's colour and opacity are v and u:
@@ -165,7 +165,7 @@ def pixel_gradients(
             num_warps=1,
         )
     v_means2d, v_conics, v_opacities, absolute, v_channels, _ = v_splats.split(
-        [part.shape[-1] if part.dim() == 3 else 1 for part in parts], dim=-1
+        [part.shape[-1] for part in parts], dim=-1
     )
     if not absgrad:
         absolute = absolute[:, :0]

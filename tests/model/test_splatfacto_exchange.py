@@ -64,8 +64,9 @@ def test_splatfactos_checkpoint_goes_on_in_gsscale(on_the_cpu, scene, tmp_path, 
     assert saved["schedulers"]["means"]["last_epoch"] == 6
 
 
-def test_gsscales_checkpoint_goes_on_in_splatfacto(on_the_cpu, scene, tmp_path):
-    source = train(make_config(scene, tmp_path / "gsscale", steps=4))
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_gsscales_checkpoint_goes_on_in_splatfacto(on_the_cpu, scene, tmp_path, moments):
+    source = train(make_config(scene, tmp_path / "gsscale", steps=4, moment_dtype=moments))
     assert isinstance(source.pipeline.model, GSScaleModel)
     state = torch.load(source.checkpoint_dir / "step-000000003.ckpt")
     config = splatfacto_config(scene, tmp_path / "splatfacto", steps=2)
