@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class TrainingMeter:
         self._window = timed_steps(steps)
         self._window_start = 0.0
         self._start = 0.0
+        self._peaks = (0, 0)  # of the GPU's memory, before the last pause
+        self._paused = 0.0
         if cuda:
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats()
@@ -55,6 +58,26 @@ class TrainingMeter:
     def start(self) -> None:
         """Start the clock of the whole training."""
         self._start = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time and GPU memory of what is done inside, between two steps, do not count.
+
+        What torch keeps of that memory is given back: the training did not have it before.
+        """
+        self._peaks, begin = self._gpu_peaks(), self._now()
+        yield
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self._paused += self._now() - begin
+
+    def _gpu_peaks(self) -> tuple[int, int]:
+        """Bytes of torch's tensors, and of its allocator."""
+        if not self.cuda:
+            return self._peaks
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return max(self._peaks[0], allocated), max(self._peaks[1], reserved)
 
     def _after_step(self, step: int) -> None:
         done = step + 1
@@ -77,14 +100,15 @@ class TrainingMeter:
         self.result = {
             "it_per_s_last_1000": self._window / window,
             "timed_steps": self._window,
-            "wall_s": now - self._start,
+            "wall_s": now - self._start - self._paused,
             **self.peaks(),
         }
 
     def peaks(self) -> dict[str, int | None]:
-        """Of memory, until now."""
+        """Of memory, until now; the host's is the process's, pauses included."""
+        allocated, reserved = self._gpu_peaks()
         return {
-            "peak_gpu_allocated_bytes": torch.cuda.max_memory_allocated() if self.cuda else None,
-            "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved() if self.cuda else None,
+            "peak_gpu_allocated_bytes": allocated if self.cuda else None,
+            "peak_gpu_reserved_bytes": reserved if self.cuda else None,
             "peak_host_bytes": peak_host_bytes(),
         }

@@ -74,7 +74,7 @@ class CompareArgs:
     cap_gb: float | None = None
     """GPU memory that each run may have in all, as on a card of this size; gsscale is told, too."""
     evaluate_every: int = 0
-    """Steps between evaluations on the way, 0 for none; peaks of memory include what they take. A
+    """Steps between evaluations on the way, 0 for none; their time and GPU memory do not count. A
     run that runs out of memory is recorded with its best one."""
     perceptual: bool = False
     """Measure MS-SSIM and FLIP on the held-out images, too; pip install flip-evaluator."""

@@ -129,7 +129,12 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
         return {"at_step": steps, **_evaluation(pipeline, args)}
 
     untimed = args.steps - timed_steps(args.steps)
-    course = Course(args.evaluate_every, untimed, evaluate)
+
+    def evaluate_on_the_way(steps: int) -> dict[str, Any]:
+        with meter.paused():
+            return evaluate(steps)
+
+    course = Course(args.evaluate_every, untimed, evaluate_on_the_way)
     profile = TrainingProfile(untimed - args.profile_steps - 1, args.profile_steps)
     if args.profile_steps:
         if profile.begin < 1 or not cuda:

@@ -124,6 +124,9 @@ def test_meter_times_the_last_steps_only(monkeypatch):
     for step in range(10):
         now += 0.04 if step < 5 else 0.01
         callback.run_callback(step)
+        if step == 2:
+            with training.paused():
+                now += 3
     assert seen == list(range(1, 11))
     result = training.result
     assert result is not None and result["timed_steps"] == 5
@@ -131,6 +134,31 @@ def test_meter_times_the_last_steps_only(monkeypatch):
     assert result["wall_s"] == pytest.approx(0.25)
     assert result["peak_gpu_allocated_bytes"] is None
     assert result["peak_host_bytes"] > 1e8
+
+
+def test_meter_leaves_out_the_memory_of_pauses(monkeypatch):
+    used = {"allocated": 0, "reserved": 0}
+
+    def take(allocated: int, reserved: int) -> None:
+        used["allocated"] = max(used["allocated"], allocated)
+        used["reserved"] = max(used["reserved"], reserved)
+
+    fake = SimpleNamespace(
+        init=lambda: None,
+        synchronize=lambda: None,
+        empty_cache=lambda: take(0, 0),
+        reset_peak_memory_stats=lambda: used.update(allocated=0, reserved=0),
+        max_memory_allocated=lambda: used["allocated"],
+        max_memory_reserved=lambda: used["reserved"],
+    )
+    monkeypatch.setattr(meter, "torch", SimpleNamespace(cuda=fake))
+    training = TrainingMeter(10, cuda=True, on_step=lambda done: None)
+    take(50, 90)
+    with training.paused():
+        take(1000, 2000)
+    take(70, 80)
+    peaks = training.peaks()
+    assert peaks["peak_gpu_allocated_bytes"] == 70 and peaks["peak_gpu_reserved_bytes"] == 90
 
 
 def test_host_peak_is_the_process_own():
