@@ -84,7 +84,6 @@ PARTS = {
     "PIXELS": gradients.PIXELS,
     "CHUNK": gradients.CHUNK,
     "CHANNELS": 3,
-    "GATHER": gradients._GATHER,
 }
 TILES = {"RADII": 1, "BLOCK": 32}
 LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}

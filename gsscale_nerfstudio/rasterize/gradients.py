@@ -32,9 +32,6 @@ CHUNK = 32
 WIDE, PIXELS = 8, 32
 """Of the part of a tile that a program does: pixels across, and all of them."""
 
-_GATHER = hasattr(tl, "gather")
-"""Triton since 3.2 (PyTorch 2.6): the last of a scan costs one shuffle, not five."""
-
 _FAINTEST = tl.constexpr(1 / 255)
 _MOST = tl.constexpr(0.999)  # alpha of a Gaussian, whatever its opacity
 _OPAQUE = tl.constexpr(1e-4)  # a pixel is done before what would leave less than that
@@ -161,7 +158,6 @@ def pixel_gradients(
             CHUNK=CHUNK,
             CHANNELS=n_channels,
             ABSOLUTE=absgrad,
-            GATHER=_GATHER,
             num_warps=1,
         )
     v_means2d, v_conics, v_opacities, absolute, v_channels, _ = v_splats.split(
@@ -192,6 +188,25 @@ def _add_quad(pointers, first, second, third, fourth, live):
     tl.atomic_add(pointers, four, mask=tl.broadcast_to(live[:, None], four.shape), sem="relaxed")
 
 
+@triton.jit
+def _last_by_sum(x):
+    """The last column of a matrix."""
+    column = tl.arange(0, x.shape[1])[None, :]
+    return tl.sum(tl.where(column == x.shape[1] - 1, x, 0.0), axis=1)
+
+
+if hasattr(tl, "gather"):  # since Triton 3.3 (PyTorch 2.7): one shuffle instead of five
+
+    @triton.jit
+    def _last(x):
+        """The last column of a matrix."""
+        column = tl.full([x.shape[0], 1], x.shape[1] - 1, tl.int32)
+        return tl.reshape(tl.gather(x, column, axis=1), [x.shape[0]])
+
+else:
+    _last = _last_by_sum
+
+
 @triton.jit(do_not_specialize=["n_pairs", "width", "height", "columns", "n_tiles"])
 def _gradients(
     splats,
@@ -213,7 +228,6 @@ def _gradients(
     CHUNK: tl.constexpr,
     CHANNELS: tl.constexpr,
     ABSOLUTE: tl.constexpr,
-    GATHER: tl.constexpr,
 ):
     """Add the derivatives that come from a part of a tile, WIDE pixels wide.
 
@@ -242,7 +256,6 @@ def _gradients(
         v = tl.load(v_image + pixel * CHANNELS + k)
         behind += v * tl.load(image + pixel * CHANNELS + k)
     light = tl.where(inside, 1.0, 0.0)  # transmittance; nothing is drawn outside
-    last = tl.full([PIXELS, 1], CHUNK - 1, tl.int32)
 
     while (at < end) & (tl.max(light) > _OPAQUE):
         place = at + tl.arange(0, CHUNK)
@@ -307,10 +320,6 @@ def _gradients(
             absolute_y = tl.sum(tl.abs(slope * (b[None, :] * dx + c[None, :] * dy)), axis=0)
         _add_quad(v_splats + 12 * i + 4, by_yy, by_opacity, absolute_x, absolute_y, drawn)
 
-        if GATHER:
-            light = tl.reshape(tl.gather(after, last, axis=1), [PIXELS])
-            behind = tl.reshape(tl.gather(rest, last, axis=1), [PIXELS])
-        else:
-            light = tl.min(after, axis=1)
-            behind -= tl.sum(weight * value, axis=1)
+        light = _last(after)
+        behind = _last(rest)
         at += CHUNK

@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from gsscale_nerfstudio.rasterize import gradients
 from gsscale_nerfstudio.rasterize.compositing import composite
 from gsscale_nerfstudio.rasterize.gradients import CHUNK, pixel_gradients, rasterize_pixels
 from gsscale_nerfstudio.rasterize.tile_lists import tile_lists
@@ -101,8 +102,10 @@ def test_derivatives_are_those_of_the_reference(size: tuple[int, int]) -> None:
     assert all(result.any() for result in results.values())
 
 
-def test_layers_until_nothing_shows_through() -> None:
+@pytest.mark.parametrize("last", ["_last", "_last_by_sum"])
+def test_layers_until_nothing_shows_through(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels are done at different Gaussians of the same tile, and many are never looked at."""
+    monkeypatch.setattr(gradients, "_last", getattr(gradients, last))
     results = check(200, 20, 20, opacity=(0.6, 1.0), sigma=(4.0, 9.0))
     hidden = (results["opacities"][0] == 0).double().mean()
     assert 0.1 < hidden < 0.9
