@@ -60,17 +60,21 @@ class TrainingMeter:
         self._start = time.perf_counter()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, give_back: Callable[[], None] | None = None) -> Iterator[None]:
         """Time and GPU memory of what is done inside, between two steps, do not count.
 
-        What torch keeps of that memory is given back: the training did not have it before.
+        Args:
+            give_back: lets the GPU have what torch keeps of that memory, which the training did not
+                have before; None for torch's way.
         """
         self._peaks, begin = self._gpu_peaks(), self._now()
-        yield
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        self._paused += self._now() - begin
+        try:
+            yield
+        finally:
+            if self.cuda:
+                (give_back or torch.cuda.empty_cache)()
+                torch.cuda.reset_peak_memory_stats()
+            self._paused += self._now() - begin
 
     def _gpu_peaks(self) -> tuple[int, int]:
         """Bytes of torch's tensors, and of its allocator."""

@@ -131,7 +131,8 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     untimed = args.steps - timed_steps(args.steps)
 
     def evaluate_on_the_way(steps: int) -> dict[str, Any]:
-        with meter.paused():
+        engine = getattr(pipeline.model, "engine", None)  # gsscale's, which measures what is taken
+        with meter.paused(getattr(engine, "give_back", None)):
             return evaluate(steps)
 
     course = Course(args.evaluate_every, untimed, evaluate_on_the_way)

@@ -21,7 +21,7 @@ _Load = Callable[[Any, Pipeline], tuple[Path, int]]
 def leave_moments_on_disk(kind: type[TrainerConfig]) -> None:
     """Let ``eval_setup`` map the checkpoints of such runs, where it would read all of the file.
 
-    Two thirds of a file are moments, which ``ns-eval``, ``ns-render``, ``ns-viewer`` and
+    Most of a file are moments, which ``ns-eval``, ``ns-render``, ``ns-viewer`` and
     ``ns-export`` have no use for: mapped, they are never read. Nerfstudio has no place to say so,
     hence its loader is replaced for runs of this kind; for others it stays as it is.
 

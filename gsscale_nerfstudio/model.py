@@ -446,7 +446,12 @@ class GSScaleModel(SplatfactoModel):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        return self._with_room(lambda: self._metrics_and_images(outputs, batch))
+        cuda = self.device.type == "cuda"
+        kept = torch.cuda.memory_reserved(self.device) if cuda else 0
+        metrics_and_images = self._with_room(lambda: self._metrics_and_images(outputs, batch))
+        if cuda and torch.cuda.memory_reserved(self.device) > kept:
+            self.engine.give_back()  # or it would count as what views need
+        return metrics_and_images
 
     def _metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]

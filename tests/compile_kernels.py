@@ -65,6 +65,7 @@ ROWS = {
     "GRAD2D": 60,
     "COUNT": 61,
     "MAX_RADIUS": 62,
+    "KEY": 63,
     "NOISE": False,
     "ROWS": 16,
 }

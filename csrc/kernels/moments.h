@@ -23,9 +23,9 @@ inline float from_upper_half(uint16_t half) {
     return x;
 }
 
-// 32 random bits of a place and a step (Wellons' lowbias32): 16 for either moment.
-inline uint32_t random_bits(uint32_t place, int64_t step) {
-    uint32_t x = place + (uint32_t)step * 0x9E3779B9u;
+// 32 random bits of a row, a column and a step (Wellons' lowbias32): 16 for either moment.
+inline uint32_t random_bits(uint32_t key, int64_t column, int64_t step) {
+    uint32_t x = key + (uint32_t)column * 0x85EBCA6Bu + (uint32_t)step * 0x9E3779B9u;
     x = (x ^ x >> 16) * 0x7FEB352Du;
     x = (x ^ x >> 15) * 0x846CA68Bu;
     return x ^ x >> 16;
@@ -60,15 +60,18 @@ inline float *moments_of(const RowStore &s, void *array, int64_t at, float *__re
     return scratch;
 }
 
-// Both moments of a row back to where moments_of() had them from, as they are after `step`.
+// Both moments of a row back to where moments_of() had them from, as they are after `step`. The
+// row's key decides how they are rounded, so that it does not matter where the row is.
 inline void keep_moments(const RowStore &s, int64_t at, int64_t step, const float *__restrict__ m,
                          const float *__restrict__ v) {
     if (!s.narrow) return;
+    uint32_t key;
+    memcpy(&key, s.params + at + s.key, sizeof key);
     uint16_t *__restrict__ first = (uint16_t *)s.exp_avg + at;
     uint16_t *__restrict__ second = (uint16_t *)s.exp_avg_sq + at;
 #pragma omp simd
     for (int64_t c = 0; c < s.width; ++c) {
-        const uint32_t random = random_bits((uint32_t)(at + c), step);
+        const uint32_t random = random_bits(key, c, step);
         first[c] = rounded(m[c], random & 0xFFFFu);
         second[c] = rounded(v[c], random >> 16);
     }

@@ -15,8 +15,8 @@ namespace GSSCALE_ISA {
 namespace {
 
 constexpr float kSmallestNormal = 1.17549435e-38f;
-// Rows ahead whose cache lines are requested: a row is 3 x 4 lines in three arrays, too scattered
-// for the hardware prefetcher when ids have gaps.
+// Rows ahead whose cache lines are requested: a row is 12 lines (8 if narrow) in three arrays, too
+// scattered for the hardware prefetcher when ids have gaps.
 constexpr int64_t kAhead = 6;
 constexpr int64_t kFarAhead = 24;  // where a row takes next to no time
 // Rows from which all threads pay: waking one costs more than stepping some hundred rows.

@@ -431,9 +431,11 @@ class Engine(ABC):
         """
         self._forget_announced()
         self.settle()
+        # From here on what keys decide, noise and rounding, is what it will be in a run that is
+        # resumed here.
         if self.noise is not None:
-            # From here on noise is what it will be in a run that is resumed here.
             self.history.all_settled()
+        if self.noise is not None or self.store.layout.moments.itemsize == 2:
             self.store.renew_keys()
         if len(self.optimizers) == len(GROUPS):
             self.history.rebound(self.learning_rates)

@@ -205,11 +205,12 @@ class RowCache:
     def grow(self, slots: int) -> None:
         """Add slots, so that there are ``slots``; rows stay resident, also if memory runs out.
 
-        Takes a third of the present slots' memory in addition while it copies.
+        Takes the present parameters' memory in addition while it copies.
         """
         for name in ("params", "exp_avg", "exp_avg_sq"):  # one at a time, for the sake of memory
             present = getattr(self, name)
-            grown = present.new_empty(slots, self.store.layout.width)
+            width = self.store.layout.width
+            grown = torch.empty(slots, width, dtype=present.dtype, device=self.device)
             grown[: len(self)] = present[: len(self)]  # longer, if this failed before
             setattr(self, name, grown)
             del grown, present
@@ -324,6 +325,7 @@ class RowCache:
                 GRAD2D=columns["grad2d"],
                 COUNT=columns["count"],
                 MAX_RADIUS=columns["max_radius"],
+                KEY=columns["key"],
                 **tables.skipped_steps(),
                 **tables.adam_step(lrs),
                 **tile_of(layout, STEP),

@@ -250,6 +250,13 @@ class HostEngine(EditableEngine):
         """The rows of one part, to be differentiated if ``training``."""
         return self._send(whole.ids[part.positions.long()], viewpoint, training)
 
+    def give_back(self) -> None:
+        """Let the device have the memory that torch keeps for later. Called between steps.
+
+        What views need is measured anew: call it where others have taken more than views do.
+        """
+        self._sizing.give_back()
+
     def make_room(self, said: str, tries: int) -> bool:
         smaller = tries > 0
         if smaller and not self._sizing.halve():

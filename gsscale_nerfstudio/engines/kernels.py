@@ -305,6 +305,7 @@ def settle_and_step_rows(
     GRAD2D: tl.constexpr,
     COUNT: tl.constexpr,
     MAX_RADIUS: tl.constexpr,
+    KEY: tl.constexpr,
     DEGREE: tl.constexpr,
     SH: tl.constexpr,
     HORIZON: tl.constexpr,
@@ -366,7 +367,7 @@ def settle_and_step_rows(
     # Denormals would never end decaying.
     m = tl.where(tl.abs(m) < 1.17549435e-38, 0.0, m)
     v = tl.where(v < 1.17549435e-38, 0.0, v)
-    m, v = round_moments(cache_m, m, v, at, step + 1)
+    m, v = round_moments(cache_m, m, v, cache_w + slot * WIDTH + KEY, live, column, step + 1)
 
     w = tl.where(column == STAMP, (step + 1).to(tl.float32), w)
     if HAS_STATISTICS:

@@ -35,10 +35,14 @@ def _rounded(x, random):
 
 
 @triton.jit
-def round_moments(array, m, v, place, step):
-    """Both moments as ``array`` can hold them after ``step``; ``place`` tells elements apart."""
+def round_moments(array, m, v, keys, live, column, step):
+    """Both moments as ``array`` can hold them after ``step``.
+
+    ``keys`` [ROWS] points to the rows' keys, which decide how: it does not matter where rows are.
+    """
     if array.dtype.element_ty == tl.int16:
-        x = place.to(tl.uint32) + step.to(tl.uint32) * 0x9E3779B9
+        key = tl.load(keys, mask=live, other=0.0).to(tl.uint32, bitcast=True)[:, None]
+        x = key + column.to(tl.uint32) * 0x85EBCA6B + step.to(tl.uint32) * 0x9E3779B9
         x = (x ^ (x >> 16)) * 0x7FEB352D
         x = (x ^ (x >> 15)) * 0x846CA68B
         x = x ^ (x >> 16)

@@ -105,6 +105,9 @@ class AdamHistory:
         # sup of a_i / lr_i: the first step's value, or 1 in the limit.
         self._peak = max(1.0, math.sqrt(1 - self.beta2) / (1 - self.beta1))
         self._lr_bound = np.array([lr[name] for name in GROUPS], dtype=np.float64)
+        # What rounding adds to bounds. Moments of 16 bits are off by up to 2^-7 each time that they
+        # are stored, v by some percent of itself in the course of its average.
+        self._slack = 1.01 if layout.moments.itemsize > 2 else 1.15
         self._reach: tuple[np.ndarray, np.ndarray] | None = None
         self._tables: _C.SkipTables | None = None
         self._next: _Moment | None = None
@@ -232,7 +235,7 @@ class AdamHistory:
         (1-\beta_1^2/\beta_2)}`, 7.3 for Adam's defaults, whatever the gradients were.
         """
         ratio = (1 - self.beta1) / math.sqrt((1 - self.beta2) * (1 - self.beta1**2 / self.beta2))
-        bounds = 1.01 * steps * ratio * self._peak * self._lr_bound
+        bounds = self._slack * steps * ratio * self._peak * self._lr_bound
         return dict(zip(GROUPS, bounds.tolist(), strict=True))
 
     @property
@@ -244,7 +247,7 @@ class AdamHistory:
         # Bounds seldom change, and are then new arrays.
         if self._reach is None or self._reach[0] is not lr_bound:
             ratio = self.beta1 / math.sqrt(self.beta2)
-            per_group = 1.01 * lr_bound * self._peak * ratio / (1 - ratio)
+            per_group = self._slack * lr_bound * self._peak * ratio / (1 - ratio)
             reach = np.append(per_group, 0.0)[self._group].astype(np.float32)
             self._reach = lr_bound, reach
         return self._reach[1]

@@ -1,4 +1,4 @@
-"""One call that draws a view: gsplat's kernels on CUDA, the reference elsewhere."""
+"""One call that draws a view: on CUDA gsplat's kernels and ours do, elsewhere the reference."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .tile_lists import TILE, TileLists
 
@@ -63,7 +64,12 @@ def rasterize_pixels(
 
     Returns:
         The channels [1, height, width, C] and the opacity [1, height, width, 1] of each pixel.
+
+    Raises:
+        ValueError: more than four channels.
     """
+    if channels.shape[-1] > 4:
+        raise ValueError(f"at most 4 channels can be drawn, not {channels.shape[-1]}")
     image, alpha = _Rasterized.apply(
         means2d, conics, channels, opacities, *lists, width, height, absgrad
     )
@@ -96,11 +102,12 @@ class _Rasterized(torch.autograd.Function):
         return image, alpha
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *derivatives: Tensor) -> tuple[Tensor | None, ...]:
         drawn: Any = ctx.saved_tensors
         *grads, absolute = pixel_gradients(*drawn, *derivatives, absgrad=ctx.absgrad)
         if ctx.absgrad:
-            drawn[0].absgrad = absolute  # where gsplat has it
+            drawn[0].absgrad = absolute.contiguous()  # where gsplat has it, and nothing more
         return (*grads, *[None] * 5)
 
 
@@ -135,7 +142,6 @@ def pixel_gradients(
     """
     _, height, width, n_channels = image.shape
     _, rows, columns = offsets.shape
-    assert n_channels <= 4
     # Side by side, so that what a program needs of a Gaussian comes and goes in three pieces.
     zeros = opacities.new_zeros(1)
     unused = zeros.expand(*opacities.shape, 2), zeros.expand(*opacities.shape, 4 - n_channels)
@@ -186,6 +192,12 @@ def _add_quad(pointers, first, second, third, fourth, live):
     four = tl.reshape(four, [pointers.shape[0], 4])
     pointers = pointers[:, None] + tl.arange(0, 4)[None, :]
     tl.atomic_add(pointers, four, mask=tl.broadcast_to(live[:, None], four.shape), sem="relaxed")
+
+
+@triton.jit
+def _finite(x):
+    """``x``, or 0."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
@@ -245,7 +257,8 @@ def _gradients(
     column = (tile % columns) * TILE + (part % across) * WIDE + pixel % WIDE
     row = (tile // columns) * TILE + (part // across) * (PIXELS // WIDE) + pixel // WIDE
     inside = (column < width) & (row < height)
-    pixel = tl.where(inside, row * width + column, 0)  # any, where nothing is drawn
+    # Where nothing is drawn, another one of the tile.
+    pixel = tl.minimum(row, height - 1) * width + tl.minimum(column, width - 1)
     px = (column.to(tl.float32) + 0.5)[:, None]
     py = (row.to(tl.float32) + 0.5)[:, None]
 
@@ -260,17 +273,24 @@ def _gradients(
     while (at < end) & (tl.max(light) > _OPAQUE):
         place = at + tl.arange(0, CHUNK)
         live = place < end
-        i = tl.load(gaussians + place, mask=live, other=0)
+        i = tl.load(gaussians + place, mask=live, other=0).to(tl.int64)
         x, y, a, b = _load_quad(splats + 12 * i, live)
         c, opacity, _unused, _unused_either = _load_quad(splats + 12 * i + 4, live)
         channel_0, channel_1, channel_2, channel_3 = _load_quad(splats + 12 * i + 8, live)
+        # One that is not finite is no one else's concern where it is not drawn; where it is, the
+        # image has it.
+        channel_0 = _finite(channel_0)
+        channel_1 = _finite(channel_1)
+        channel_2 = _finite(channel_2)
+        channel_3 = _finite(channel_3)
         dx = x[None, :] - px
         dy = y[None, :] - py
 
         sigma = 0.5 * (a[None, :] * dx * dx + c[None, :] * dy * dy) + b[None, :] * dx * dy
         alpha = opacity[None, :] * tl.exp(-sigma)
-        alpha = tl.where((sigma >= 0.0) & (alpha >= _FAINTEST), alpha, 0.0)
-        alpha = tl.minimum(alpha, _MOST)
+        # As gsplat has it for what is not a number.
+        alpha = tl.where(alpha < _MOST, alpha, _MOST)
+        alpha = tl.where((sigma < 0.0) | (alpha < _FAINTEST), 0.0, alpha)
         passed = 1.0 - alpha
         after = light[:, None] * tl.cumprod(passed, axis=1)
         over = 1.0 / passed

@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gsscale_nerfstudio.errors import GSScaleError
+
 from .quarters import lists_of_quarters
 
 SQUARE = 16
@@ -94,6 +96,9 @@ def tile_lists(
         opacities: As the rasterizer is to see them, antialiasing included. [n] float32
         width: Image width in pixels.
         height: Image height in pixels.
+
+    Raises:
+        GSScaleError: 2^31 pairs of a Gaussian and a tile, or more.
     """
     n, device = len(means2d), means2d.device
     columns, rows = triton.cdiv(width, TILE), triton.cdiv(height, TILE)
@@ -117,6 +122,11 @@ def tile_lists(
         _count_tiles[grid](*inputs, in_squares, in_tiles, **options)
         ends = in_squares.cumsum(0)
         total, total_in_tiles = torch.stack([ends[-1], in_tiles.sum()]).tolist()
+        if total_in_tiles >= 1 << 31:
+            raise GSScaleError(
+                f"a view draws {n:,} Gaussians in {total_in_tiles:,} places, more than 32 bits can "
+                "number; make images smaller with --pipeline.datamanager.camera-res-scale-factor"
+            )
         # 16 bits take half the passes of the sort; they count from -32768.
         n_squares = square_columns * square_rows
         small = n_squares <= _SHORT

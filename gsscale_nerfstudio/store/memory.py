@@ -79,7 +79,7 @@ def _number(file: str) -> int | None:
 
 
 class ReservedArray:
-    """A float32 or int32 array ``[capacity, width]`` of reserved, not yet used, host memory.
+    """An array ``[capacity, width]`` of reserved, not yet used, host memory.
 
     Address space for the capacity is taken once (anonymous, not reserved against swap), so growing
     never moves or copies a row; the kernel supplies zeroed pages, huge ones where it can, when they

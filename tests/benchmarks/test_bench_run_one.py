@@ -125,7 +125,7 @@ def test_meter_times_the_last_steps_only(monkeypatch):
         now += 0.04 if step < 5 else 0.01
         callback.run_callback(step)
         if step == 2:
-            with training.paused():
+            with training.paused(lambda: None):
                 now += 3
     assert seen == list(range(1, 11))
     result = training.result
@@ -146,7 +146,6 @@ def test_meter_leaves_out_the_memory_of_pauses(monkeypatch):
     fake = SimpleNamespace(
         init=lambda: None,
         synchronize=lambda: None,
-        empty_cache=lambda: take(0, 0),
         reset_peak_memory_stats=lambda: used.update(allocated=0, reserved=0),
         max_memory_allocated=lambda: used["allocated"],
         max_memory_reserved=lambda: used["reserved"],
@@ -154,8 +153,11 @@ def test_meter_leaves_out_the_memory_of_pauses(monkeypatch):
     monkeypatch.setattr(meter, "torch", SimpleNamespace(cuda=fake))
     training = TrainingMeter(10, cuda=True, on_step=lambda done: None)
     take(50, 90)
-    with training.paused():
+    given_back = []
+    with pytest.raises(RuntimeError), training.paused(lambda: given_back.append(True)):
         take(1000, 2000)
+        raise RuntimeError("out of memory")
+    assert given_back == [True]
     take(70, 80)
     peaks = training.peaks()
     assert peaks["peak_gpu_allocated_bytes"] == 70 and peaks["peak_gpu_reserved_bytes"] == 90

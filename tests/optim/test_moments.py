@@ -25,6 +25,7 @@ def filled(layout: RowLayout, n: int, seed: int = 0) -> HostStore:
     store, used = HostStore(layout, max_rows=n), layout.optimized
     store.resize(n)
     store.params[:, :used] = torch.randn(n, used, generator=rng)
+    store.renew_keys()
     first, second = torch.randn(2, n, used, generator=rng)
     store.exp_avg[:, :used] = (0.01 * first).to(NARROW).to(layout.moments)
     store.exp_avg_sq[:, :used] = (1e-4 * second.square()).to(NARROW).to(layout.moments)
@@ -113,11 +114,25 @@ def test_the_same_step_rounds_in_the_same_way():
     assert torch.equal(first.exp_avg_sq, second.exp_avg_sq)
 
 
+def test_it_does_not_matter_where_a_row_is():
+    layout = RowLayout(1, NARROW)
+    store, moved = (filled(layout, 50) for _ in range(2))
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    for array in (moved.params, moved.exp_avg, moved.exp_avg_sq):
+        array[:50] = array[order]
+    grads = gradients(layout, 50, 1)
+    step(store, history_of(layout), grads)
+    step(moved, history_of(layout), grads[order].contiguous())
+    for name in ("params", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(store, name)[:50][order], getattr(moved, name)[:50]), name
+
+
 def test_the_mean_square_goes_where_gradients_are():
     """A thousandth of the way at each step is less than half of the last of 8 bits."""
     layout, n = RowLayout(0, NARROW), 400
     store, history = HostStore(layout, max_rows=n), history_of(layout)
     store.resize(n)
+    store.renew_keys()
     grads = torch.zeros(n, layout.width)
     grads[:, : layout.optimized] = 0.1
     for _ in range(3000):

@@ -132,3 +132,36 @@ def test_lists_that_end_with_a_chunk_or_do_not(n: int) -> None:
 def test_nothing_is_drawn() -> None:
     results = check(13, 8, 8, margin=0.0, opacity=(0.0, 0.003), absgrad=False)
     assert not any(result.any() for result in results.values())
+
+
+def one_tile(given: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients of Gaussians that are all in the list of the only tile."""
+    n = len(given[0])
+    generator = torch.Generator().manual_seed(5)
+    pixels = [torch.rand(1, 8, 8, channels, generator=generator) for channels in (3, 1, 3, 1)]
+    lists = torch.zeros(1, 1, 1, dtype=torch.int32), torch.arange(n, dtype=torch.int32)
+    got = pixel_gradients(*(t[None] for t in given), *lists, *pixels, absgrad=True)
+    return dict(zip(NAMES, (t[0] for t in got), strict=True))
+
+
+def test_a_broken_colour_is_no_one_elses_concern_where_it_is_not_drawn() -> None:
+    given = [t.float() for t in splats(30, 8, 8, margin=0.0)[:4]]
+    given[0][7] = 1000.0  # listed, and far away
+    want = one_tile(given)
+    given[2][7] = float("nan")
+    got = one_tile(given)
+    for name in NAMES:
+        assert torch.equal(got[name], want[name]) and want[name].any(), name
+
+
+def test_an_opacity_that_is_not_a_number_hides_what_is_behind() -> None:
+    """gsplat takes the smaller of 0.999 and it."""
+    given = [t.float() for t in splats(30, 8, 8, margin=0.0)[:4]]
+    others = torch.arange(30) != 3
+    given[3][3] = 1e30
+    want = one_tile(given)
+    given[3][3] = float("nan")
+    got = one_tile(given)
+    for name in NAMES:
+        assert torch.equal(got[name][others], want[name][others]), name
+    assert want["colors"][2].abs().max() > 100 * want["colors"][4].abs().max() > 0
