@@ -41,7 +41,7 @@ class LazyLPIPS:
                 )
         if self._metric is None:
             return None
-        # cuDNN takes gigabytes for its fastest convolutions where the GPU has them, whatever the
-        # budget says; PyTorch's own take less than a gigabyte for an image of 2000 x 1500.
+        # cuDNN may take gigabytes for its fastest convolutions where the GPU has them, whatever the
+        # budget says; PyTorch's own unfold one layer's input at a time.
         with torch.backends.cudnn.flags(enabled=False):
             return self._metric.to(truth.device)(truth, render)

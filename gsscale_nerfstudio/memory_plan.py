@@ -225,7 +225,7 @@ def _capacity(given: Circumstances, engine: type[HostEngine]) -> int:
             f"{given.wanted:,} Gaussians take {_listed(parts)} of host memory, and "
             f"{_gb(given.memory)} are available (in a container, within its limit); lower "
             f"--pipeline.model.max-gaussians to at most {fits:,}"
-            f"{smaller if given.layout.moments.itemsize > 2 else ''}, or free host memory"
+            f"{'' if given.layout.narrow else smaller}, or free host memory"
         )
     return given.wanted
 

@@ -39,6 +39,8 @@ inline uint16_t rounded(float x, uint32_t random) {
     return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0 : (uint16_t)((bits + random) >> 16);
 }
 
+inline int64_t moment_bytes(const RowStore &s) { return s.narrow ? 2 : 4; }
+
 // One element of a moment's array.
 inline float moment(const RowStore &s, const void *array, int64_t i) {
     return s.narrow ? from_upper_half(((const uint16_t *)array)[i]) : ((const float *)array)[i];

@@ -30,7 +30,7 @@ inline int threads_for(int64_t rows) { return rows < kRowsForThreads ? 1 : omp_g
 inline void prefetch_row(const RowStore &s, int64_t row) {
     const int64_t at = row * s.width;
     for (int64_t c = 0; c < s.width; c += 16) __builtin_prefetch(s.params + at + c, 1);
-    const int64_t size = s.narrow ? 2 : 4;
+    const int64_t size = moment_bytes(s);
     for (int64_t c = 0; c < s.width; c += 64 / size) {
         __builtin_prefetch((const char *)s.exp_avg + (at + c) * size, 1);
         __builtin_prefetch((const char *)s.exp_avg_sq + (at + c) * size, 1);
@@ -126,7 +126,7 @@ inline void prefetch_summary(const RowStore &s, int64_t row) {
     const int64_t at = row * s.width;
     __builtin_prefetch(s.params + at + s.scale);
     __builtin_prefetch(s.params + at + s.stamp, 1);
-    const int64_t size = s.narrow ? 2 : 4;
+    const int64_t size = moment_bytes(s);
     __builtin_prefetch((const char *)s.exp_avg + (at + s.scale) * size);
     __builtin_prefetch((const char *)s.exp_avg_sq + (at + s.scale) * size);
 }

@@ -435,7 +435,7 @@ class Engine(ABC):
         # resumed here.
         if self.noise is not None:
             self.history.all_settled()
-        if self.noise is not None or self.store.layout.moments.itemsize == 2:
+        if self.noise is not None or self.store.layout.narrow:
             self.store.renew_keys()
         if len(self.optimizers) == len(GROUPS):
             self.history.rebound(self.learning_rates)

@@ -24,7 +24,6 @@ from gsscale_nerfstudio.engines.kernels import (
     settle_and_step_rows,
     tile_of,
 )
-from gsscale_nerfstudio.engines.moment_kernels import pointer_of
 from gsscale_nerfstudio.engines.noise_kernels import draw_noise, step_noise
 from gsscale_nerfstudio.engines.slot_kernels import limit_slots, summarize_slots
 from gsscale_nerfstudio.engines.staging import Staging
@@ -33,6 +32,7 @@ from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes,
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
+from gsscale_nerfstudio.store.memory import bits_of
 
 _RING = 3
 """Views whose lists may be on their way to the device at the same time."""
@@ -336,12 +336,12 @@ class RowCache:
 
     @property
     def _arrays(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.params, pointer_of(self.exp_avg), pointer_of(self.exp_avg_sq)
+        return self.params, bits_of(self.exp_avg), bits_of(self.exp_avg_sq)
 
     @property
     def _host_arrays(self) -> tuple[Tensor, Tensor, Tensor]:
         store = self.store
-        return store.params, pointer_of(store.exp_avg), pointer_of(store.exp_avg_sq)
+        return store.params, bits_of(store.exp_avg), bits_of(store.exp_avg_sq)
 
     def _exchange(self, moves: Tensor) -> None:
         """Queue ``moves`` (see :func:`.kernels.exchange_rows`) on the current stream.

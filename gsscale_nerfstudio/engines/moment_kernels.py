@@ -1,20 +1,13 @@
 """Adam's moments in Triton kernels: float32, or bfloat16 with stochastic rounding.
 
-What ``csrc/kernels/moments.h`` does, which says why. A pointer to int16 is one to bfloat16, the
-upper halves of floats: neither NumPy nor Triton's interpreter computes with the type itself.
+What ``csrc/kernels/moments.h`` does, which says why. A pointer to int16 is one to bfloat16; see
+:func:`.store.memory.bits_of`.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-def pointer_of(moments: Tensor) -> Tensor:
-    """An array of moments as kernels take it."""
-    return moments.view(torch.int16) if moments.dtype == torch.bfloat16 else moments
 
 
 @triton.jit

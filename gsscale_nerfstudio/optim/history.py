@@ -107,7 +107,7 @@ class AdamHistory:
         self._lr_bound = np.array([lr[name] for name in GROUPS], dtype=np.float64)
         # What rounding adds to bounds. Moments of 16 bits are off by up to 2^-7 each time that they
         # are stored, v by some percent of itself in the course of its average.
-        self._slack = 1.01 if layout.moments.itemsize > 2 else 1.15
+        self._slack = 1.15 if layout.narrow else 1.01
         self._reach: tuple[np.ndarray, np.ndarray] | None = None
         self._tables: _C.SkipTables | None = None
         self._next: _Moment | None = None

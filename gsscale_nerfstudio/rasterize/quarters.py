@@ -13,9 +13,11 @@ from torch import Tensor
 _CHUNK = 128
 """Entries at a time: four for each thread of a warp."""
 
-_INDEX = tl.constexpr((1 << 28) - 1)
-"""An entry is a Gaussian's index and, from bit 28 on, four bits: upper left and right, lower left
+_MARKS = tl.constexpr(28)
+"""An entry is a Gaussian's index and, from this bit on, four bits: upper left and right, lower left
 and right."""
+
+_INDEX = tl.constexpr((1 << _MARKS.value) - 1)
 
 
 def lists_of_quarters(
@@ -45,6 +47,14 @@ def lists_of_quarters(
 
 
 @triton.jit
+def marked_entry(index, upper_left, upper_right, lower_left, lower_right):
+    """The entry of a Gaussian for those quarters of a square that are true."""
+    upper = upper_left.to(tl.int32) | (upper_right.to(tl.int32) << 1)
+    lower = (lower_left.to(tl.int32) << 2) | (lower_right.to(tl.int32) << 3)
+    return index | ((upper | lower) << _MARKS)
+
+
+@triton.jit
 def _list_of(square, offsets, n, squares):
     at = tl.load(offsets + square)
     return at, tl.load(offsets + square + 1, mask=square + 1 < squares, other=n)
@@ -63,7 +73,7 @@ def _tiles_of(square, square_columns, rows, columns):
 def _bits(marked, place, end):
     """Of a chunk, which entries are for which quarter. [CHUNK, 4]"""
     mark = tl.load(marked + place, mask=place < end, other=0)
-    return mark, (mark[:, None] >> (28 + tl.arange(0, 4))[None, :]) & 1
+    return mark, (mark[:, None] >> (tl.arange(0, 4) + _MARKS)[None, :]) & 1
 
 
 @triton.jit(do_not_specialize=["n", "squares", "square_columns", "rows", "columns"])

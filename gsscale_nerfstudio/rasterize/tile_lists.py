@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio.errors import GSScaleError
 
-from .quarters import lists_of_quarters
+from .quarters import lists_of_quarters, marked_entry
 
 SQUARE = 16
 """Pixels along the side of the tiles that gsplat rounds its squares to."""
@@ -308,18 +308,7 @@ def _count_tiles(
     steps = tl.max(bottom - top)
     while step < steps:
         _start, length, above, above_end, below, below_end = _square_run(
-            top + step,
-            bottom,
-            rows,
-            left,
-            right,
-            y,
-            slope,
-            spread,
-            narrowing,
-            tip,
-            first,
-            end,
+            top + step, bottom, rows, left, right, y, slope, spread, narrowing, tip, first, end
         )
         squares += length
         tiles += above_end - above + below_end - below
@@ -357,31 +346,24 @@ def _list_squares(
     while step < steps:
         row = top + step
         start, length, above, above_end, below, below_end = _square_run(
-            row,
-            bottom,
-            rows,
-            left,
-            right,
-            y,
-            slope,
-            spread,
-            narrowing,
-            tip,
-            first,
-            end,
+            row, bottom, rows, left, right, y, slope, spread, narrowing, tip, first, end
         )
         column = 0
         longest = tl.max(length)
         while column < longest:
             inside = column < length
-            tile = 2 * (start + column)
-            mark = i | tl.where((tile >= above) & (tile < above_end), 1 << 28, 0)
-            mark |= tl.where((tile + 1 >= above) & (tile + 1 < above_end), 1 << 29, 0)
-            mark |= tl.where((tile >= below) & (tile < below_end), 1 << 30, 0)
-            mark |= tl.where((tile + 1 >= below) & (tile + 1 < below_end), -(1 << 31), 0)
+            left_tile = 2 * (start + column)
+            right_tile = left_tile + 1
+            entry = marked_entry(
+                i,
+                (left_tile >= above) & (left_tile < above_end),
+                (right_tile >= above) & (right_tile < above_end),
+                (left_tile >= below) & (left_tile < below_end),
+                (right_tile >= below) & (right_tile < below_end),
+            )
             square = first_square + row * square_columns + start + column
             tl.store(squares + at + column, square, mask=inside)
-            tl.store(marked + at + column, mark, mask=inside)
+            tl.store(marked + at + column, entry, mask=inside)
             column += 1
         at += length
         step += 1

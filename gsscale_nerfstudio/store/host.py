@@ -18,6 +18,7 @@ from gsscale_nerfstudio.store.layout import GROUPS, STATISTICS, RowLayout
 from gsscale_nerfstudio.store.memory import (
     ReservedArray,
     available_memory,
+    bits_of,
     memory_limit,
     pin_chunk,
 )
@@ -39,11 +40,6 @@ def headroom(limit: int | None = None) -> int:
 def locked_ahead(layout: RowLayout, rows: int) -> int:
     """Bytes that page-locking takes, in chunks, beyond ``rows`` rows; at most."""
     return 3 * pin_chunk(rows * layout.width * 4)
-
-
-def numpy_of(array: Tensor) -> np.ndarray:
-    """An array of a store as kernels take it: NumPy knows no bfloat16, and sees int16."""
-    return (array.view(torch.int16) if array.dtype == torch.bfloat16 else array).numpy()
 
 
 def _floats_of(array: Tensor) -> np.ndarray:
@@ -95,8 +91,8 @@ class HostStore:
         self.spheres, self.blocks = (a.tensor for a in self._bounds)
         self.kernel_rows = _C.Rows(
             self.params.numpy(),
-            numpy_of(self.exp_avg),
-            numpy_of(self.exp_avg_sq),
+            bits_of(self.exp_avg).numpy(),
+            bits_of(self.exp_avg_sq).numpy(),
             self.spheres.numpy(),
             layout.kernel_columns,
         )

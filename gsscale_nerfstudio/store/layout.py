@@ -89,6 +89,11 @@ class RowLayout:
         return (used + _ALIGN - 1) // _ALIGN * _ALIGN
 
     @property
+    def narrow(self) -> bool:
+        """Whether moments are of 16 bits."""
+        return self.moments.itemsize == 2
+
+    @property
     def cached_bytes(self) -> int:
         """Of a row with its moments: in a cache on the device, and on the link."""
         return self._bytes(self.width)

@@ -78,6 +78,12 @@ def _number(file: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def bits_of(array: Tensor) -> Tensor:
+    """``array`` as kernels take it: neither NumPy nor Triton's interpreter computes with bfloat16,
+    which becomes int16, the upper halves of floats."""
+    return array.view(torch.int16) if array.dtype == torch.bfloat16 else array
+
+
 class ReservedArray:
     """An array ``[capacity, width]`` of reserved, not yet used, host memory.
 

@@ -13,8 +13,7 @@ from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, host, layout
 from gsscale_nerfstudio.store.edit import RowEdit
-from gsscale_nerfstudio.store.host import numpy_of
-from gsscale_nerfstudio.store.memory import ReservedArray
+from gsscale_nerfstudio.store.memory import ReservedArray, bits_of
 from gsscale_nerfstudio.store.order import morton_order
 
 LAYOUT = RowLayout(1)
@@ -44,7 +43,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def snapshot(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s = self.store
-        return tuple(numpy_of(a[row]).copy() for a in (s.params, s.exp_avg, s.exp_avg_sq))
+        return tuple(bits_of(a[row]).numpy().copy() for a in (s.params, s.exp_avg, s.exp_avg_sq))
 
     def fill(self, first: int) -> None:
         s = self.store
