@@ -43,6 +43,7 @@ def child_command(args: CompareArgs) -> Command:
         words += ["--engine", spec.engine] if spec.engine else []
         words += ["--result", str(files.result), "--progress", str(files.progress)]
         words += ["--scratch", str(args.logs / "placeholder")]
+        words += ["--turns", str(args.shared_turns)] if args.shared_turns is not None else []
         words += ["--overrides", *spec.overrides] if spec.overrides else []
         if args.dataparser_overrides:
             words += ["--dataparser-overrides", *args.dataparser_overrides]
@@ -113,7 +114,7 @@ def compare(args: CompareArgs, console: Console, command: Command | None = None)
     todo = []
     for spec in args.runs():
         present = comparison.find(to_run(comparison, call, spec, 1).identity())
-        if present is not None and present.settles(timed=args.parallel == 1):
+        if present is not None and present.settles():
             console.print(f"{spec.label} is in the file already")
         else:
             todo.append(spec)
@@ -125,8 +126,6 @@ def compare(args: CompareArgs, console: Console, command: Command | None = None)
         run = dataclasses.replace(
             to_run(comparison, call, outcome.spec, parallel), **outcome.measured
         )
-        if parallel > 1:  # they shared the machine: these would be no timings
-            run.it_per_s_last_1000 = run.timed_steps = run.wall_s = None
         comparison.add(run)
         results.save(comparison, path)
         minutes = f"{outcome.seconds / 60:.1f} min"

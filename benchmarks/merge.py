@@ -1,6 +1,9 @@
 """Join comparison files that were measured separately into one.
 
 python benchmarks/merge.py docs/results/a.json docs/results/b.json --output docs/results/ab.json
+
+With ``--at-step``, runs that were evaluated on their way (``compare.py --evaluate-every``) join as
+trainings that ended there.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ class MergeArgs:
     """The first one's machine and commit become the file's."""
     output: Path
     """File to write; it may be one of the files."""
+    at_step: int | None = None
+    """Take longer runs, too, by their evaluation after so many steps."""
     allow_mixed: bool = False
     """Join runs of different commits or machines; each run says its own."""
 
@@ -35,9 +40,12 @@ def merge(args: MergeArgs) -> None:
     """Write the joined file."""
     if not args.files:
         raise results.ResultsError("name the files to join")
-    joined = results.load(args.files[0])
-    for path in args.files[1:]:
-        joined.merge(results.load(path), args.allow_mixed)
+    joined, *others = (
+        one if args.at_step is None else one.at_step(args.at_step)
+        for one in map(results.load, args.files)
+    )
+    for other in others:
+        joined.merge(other, args.allow_mixed)
     results.save(joined, args.output)
 
 

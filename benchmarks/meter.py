@@ -11,6 +11,7 @@ import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 
 from benchmarks.host_memory import peak_host_bytes
+from benchmarks.turns import Turns
 
 TIMED_STEPS = 1000
 
@@ -32,12 +33,21 @@ class TrainingMeter:
         cuda: whether it runs on a CUDA device. GPU peaks are torch's allocator's (allocated
             tensors; reserved blocks), without the CUDA context and other libraries' memory.
         on_step: told the number of steps done, after each step.
+        turns: taken with trainings that share the machine; the timed steps are made alone. None
+            where there are no others.
     """
 
-    def __init__(self, steps: int, cuda: bool, on_step: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        steps: int,
+        cuda: bool,
+        on_step: Callable[[int], None],
+        turns: Turns | None = None,
+    ) -> None:
         self.steps = steps
         self.cuda = cuda
         self.on_step = on_step
+        self._turns = turns
         self.result: dict[str, Any] | None = None
         """The measurements, under the names of :class:`benchmarks.results.Run`."""
         self._window = timed_steps(steps)
@@ -88,9 +98,15 @@ class TrainingMeter:
         # Nothing but these two synchronizations is ours: the queue of GPU work must be empty at
         # both ends of the timed window, and a synchronization at every step would slow both sides.
         if done == self.steps - self._window:
+            if self._turns is not None:
+                self._turns.alone()
             self._window_start = self._now()
         elif done == self.steps:
             self._finish(self._now())
+            if self._turns is not None:
+                self._turns.together()
+        elif self._turns is not None:
+            self._turns.step_ended()
         self.on_step(done)
 
     def _now(self) -> float:
@@ -104,7 +120,8 @@ class TrainingMeter:
         self.result = {
             "it_per_s_last_1000": self._window / window,
             "timed_steps": self._window,
-            "wall_s": now - self._start - self._paused,
+            # Beside others, it says nothing.
+            "wall_s": None if self._turns else now - self._start - self._paused,
             **self.peaks(),
         }
 

@@ -58,7 +58,11 @@ class CompareArgs:
     dataparser_overrides: tuple[str, ...] = ()
     """Settings of the dataparser, for every method: eval-interval=4."""
     parallel: int = 1
-    """Runs at a time. Above 1 nothing is timed: it/s and wall time stay empty."""
+    """Runs at a time. Above 1, the timed steps of each are made while the others wait, and there is
+    no wall time."""
+    turns: Path | None = None
+    """Folder shared with other calls that use the same GPU at the same time: the timed steps are
+    made while all of their runs wait, too."""
     append: Path | None = None
     """Add to this file. Runs that it already holds are skipped; failed ones are done again."""
     output: Path | None = None
@@ -91,7 +95,7 @@ class CompareArgs:
             raise PlanError("--steps and --parallel must be at least 1")
         if min(self.images, self.profile_steps, self.evaluate_every) < 0:
             raise PlanError("--images, --profile-steps and --evaluate-every must be at least 0")
-        if self.cap_gb is not None and (self.cap_gb <= 0 or self.parallel > 1):
+        if self.cap_gb is not None and (self.cap_gb <= 0 or self.shared_turns is not None):
             raise PlanError("--cap-gb takes gigabytes, and runs that have the GPU for themselves")
         if not (self.methods and self.seeds and self.engines):
             raise PlanError("give at least one method, one engine and one seed")
@@ -103,6 +107,13 @@ class CompareArgs:
         for method in self.methods:
             settings.to_arguments(settings.for_method(list(self.overrides), method))
         settings.to_arguments(list(self.dataparser_overrides))
+
+    @property
+    def shared_turns(self) -> Path | None:
+        """See :class:`benchmarks.turns.Turns`; None if each run has the machine for itself."""
+        if self.turns is None and self.parallel > 1:
+            return self.logs / "turns"
+        return self.turns
 
     @property
     def scene_name(self) -> str:

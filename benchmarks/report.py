@@ -42,7 +42,8 @@ LEGEND = """
   it scatters less from run to run than the mean over a few held-out images.
 - **it/s**: over the last 1000 steps (the last half of a shorter run), with the GPU's queue empty at
   both ends.
-- **wall s**: all training steps, loading the images included, without set-up and evaluation.
+- **wall s**: all training steps, loading the images included, without set-up and evaluation; of
+  runs that had the machine for themselves.
 - **GPU GB**: peak of torch's allocated tensors from set-up to the last step (10^9 bytes), the
   cached images included; *reserved* is what the allocator held. The CUDA context comes on top.
 - **host GB**: peak resident memory of the process up to the last step.
@@ -122,9 +123,12 @@ def _held_out(comparison: Comparison) -> str:
 def _notes(comparison: Comparison) -> list[str]:
     """What a reader must know about single runs."""
     notes = []
-    parallel = max((run.parallel for run in comparison.runs), default=1)
-    if parallel > 1:
-        notes.append(f"Runs without it/s shared the machine, up to {parallel} at a time.")
+    whole = [run for run in comparison.runs if run.error is None and run.ended is None]
+    if any(run.wall_s is None for run in whole):
+        notes.append(
+            "Runs without wall time shared the machine; where they have it/s, the others waited "
+            "meanwhile."
+        )
     for machine in {tables.describe_machine(r.machine) for r in comparison.runs if r.machine}:
         notes.append(f"Some runs were made on another machine: {machine}.")
     return ["", *[_escape(note) for note in sorted(notes)]] if notes else []

@@ -75,7 +75,8 @@ class Run:
     rows_dropped: int | None = None
     largest_render_difference: float | None = None
     parallel: int = 1
-    """Runs that shared the machine; above 1 nothing was timed."""
+    """Runs of the call that shared the machine. Steps were timed while the others waited, or not at
+    all."""
     machine: dict[str, Any] | None = None
     """Only where it is not the file's."""
     error: str | None = None
@@ -85,10 +86,10 @@ class Run:
         machine = json.dumps(self.machine, sort_keys=True)
         return (self.method, self.engine, self.seed, tuple(self.overrides), self.commit, machine)
 
-    def settles(self, timed: bool) -> bool:
-        """Whether this run needs no repetition, where ``timed`` says that timings are wanted."""
-        complete = self.it_per_s_last_1000 is not None or self.ended is not None
-        return self.error is None and (complete or not timed)
+    def settles(self) -> bool:
+        """Whether this run needs no repetition."""
+        timed = self.it_per_s_last_1000 is not None or self.ended is not None
+        return self.error is None and timed
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Comparison:
         if present is None:
             self.runs.append(run)
             return
-        loses_timing = present.settles(timed=True) and not run.settles(timed=True)
+        loses_timing = present.settles() and not run.settles()
         if not (present.error is None and (run.error is not None or loses_timing)):
             self.runs[self.runs.index(present)] = run
 
@@ -147,6 +148,23 @@ class Comparison:
             machine = other.machine if run.machine is None else run.machine
             self.add(dataclasses.replace(run, machine=None if machine == self.machine else machine))
         self.add_command(other.command)
+
+    def at_step(self, steps: int) -> Comparison:
+        """What the runs had come to after so many steps, as trainings that ended there.
+
+        That holds as long as no setting follows the number of steps; Nerfstudio's schedules don't.
+        Runs that were not evaluated at that step are left out; nothing is known of times and peaks.
+        """
+        if steps == self.steps:
+            return self
+        runs = []
+        for run in self.runs:
+            for evaluation in run.course or []:
+                if evaluation["at_step"] == steps:
+                    known = {"parallel": run.parallel, "machine": run.machine, **evaluation}
+                    key = (run.method, run.engine, run.seed, run.overrides, run.commit)
+                    runs.append(Run(*key, **known))
+        return dataclasses.replace(self, steps=steps, runs=runs)
 
     def add_command(self, command: str) -> None:
         """Append the lines of ``command`` that the file doesn't have."""

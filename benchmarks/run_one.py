@@ -69,6 +69,8 @@ class RunArgs:
     """Steps between evaluations on the way; 0 for none."""
     perceptual: bool = False
     """Whether to measure MS-SSIM and FLIP, too."""
+    turns: Path | None = None
+    """Folder that trainings on the same GPU share: timed steps are made while the others wait."""
 
 
 def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     from benchmarks.memory_cap import cap_gpu_memory
     from benchmarks.meter import TrainingMeter, timed_steps
     from benchmarks.offline import ensure_lpips_backbone
+    from benchmarks.turns import Turns
     from gsscale_nerfstudio.out_of_memory import is_out_of_memory
 
     settings = list(args.overrides)
@@ -113,7 +116,8 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
         cap_gpu_memory(args.cap_gb)
     progress = ProgressFile(args.progress, args.steps)
     progress.phase("setting up", 0)
-    meter = TrainingMeter(args.steps, cuda, progress.step)
+    turns = None if args.turns is None else Turns(args.turns)
+    meter = TrainingMeter(args.steps, cuda, progress.step, turns)
     ns_train._set_random_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()

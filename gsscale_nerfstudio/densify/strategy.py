@@ -60,7 +60,7 @@ class RowStrategy(DefaultStrategy):
         survives = ~children_gone[splits]
         parents = torch.nonzero(splits).flatten()[survives]
         removed = torch.nonzero(torch.where(splits, children_gone, gone)).flatten()
-        noise = torch.randn(2, split, 3)[:, survives]
+        noise = _split_noise(split, engine.device)[:, survives]
         sources = torch.cat([copied, parents])
         rows = engine.settled_rows(sources)
         first, second = split_rows(rows[len(copied) :], noise, store.layout)
@@ -136,6 +136,19 @@ class RowStrategy(DefaultStrategy):
         weakest = summary.gradient[candidates].argsort()[: wanted - room]
         duplicates[candidates[weakest]] = False
         splits[candidates[weakest]] = False
+
+
+def _split_noise(n: int, device: torch.device) -> Tensor:
+    """Standard normal numbers [2, n, 3], on the CPU, from the generator of ``device``.
+
+    splatfacto draws from that one, too: later backgrounds then depend on how many rows were split,
+    and trainings with one seed are as far apart as splatfacto's are.
+    """
+    noise = torch.empty(2, n, 3)
+    for rows in chunks(n):  # the GPU has no room to spare for all of them
+        part = noise[:, rows]
+        part.copy_(torch.randn(part.shape, device=device))
+    return noise
 
 
 def pause_after_reset(num_images: int, refine_every: int, reset_every: int) -> int:

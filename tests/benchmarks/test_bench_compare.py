@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -172,7 +173,7 @@ def test_other_work_is_refused_before_anything_runs(bench, monkeypatch):
     assert [run.machine for run in bench.runs()] == [None, other]
 
 
-def test_parallel_runs_are_not_timings(bench):
+def test_parallel_runs_take_turns(bench):
     # Each waits for the other: this ends only if they run at the same time.
     meet = textwrap.dedent("""
         import os, time
@@ -184,14 +185,22 @@ def test_parallel_runs_are_not_timings(bench):
     labels = ("splatfacto-seed42", "gsscale-auto-seed42")
     assert bench.run({label: meet + WRITE for label in labels}, parallel=2, timeout=10) == 0
     for run in bench.runs():
-        assert run.it_per_s_last_1000 is None and run.wall_s is None and run.timed_steps is None
-        assert run.parallel == 2 and run.psnr == 29.5
-    bench.started.clear()
-    bench.run(append=bench.output, parallel=2)
-    assert bench.started == [], "quality was measured already"
-    bench.run(append=bench.output)
-    assert sorted(bench.started) == sorted(labels), "timings were not"
-    assert all(run.it_per_s_last_1000 == 50.0 for run in bench.runs())
+        assert run.parallel == 2 and run.it_per_s_last_1000 == 50.0
+
+
+def test_runs_that_share_a_gpu_are_told(tmp_path):
+    def words(**fields: Any) -> list[str]:
+        args = CompareArgs(tmp_path, steps=10, logs=tmp_path / "logs", **fields)
+        (spec, _) = args.runs()
+        files = children.Files(tmp_path / "log", tmp_path / "result", tmp_path / "progress")
+        return compare.child_command(args)(spec, files)
+
+    assert "--turns" not in words()
+    for fields, folder in (({"parallel": 2}, "logs/turns"), ({"turns": tmp_path / "x"}, "x")):
+        told = words(**fields)
+        assert told[told.index("--turns") + 1] == str(tmp_path / folder)
+    with pytest.raises(PlanError, match="themselves"):
+        CompareArgs(tmp_path, steps=10, cap_gb=8, turns=tmp_path).check()
 
 
 def test_timeout(bench):

@@ -106,6 +106,28 @@ def test_runs_that_differ_in_anything_stay_side_by_side(make_run, make_compariso
     assert comparison.runs == different
 
 
+def test_longer_runs_join_by_their_evaluation_on_the_way(tmp_path, make_run, make_comparison):
+    course = [{"at_step": step, "psnr": step / 1000, "gaussians": step} for step in (5000, 7000)]
+    longer = make_comparison(
+        [make_run(course=course), make_run("gsscale"), make_run(seed=44, course=course[:1])],
+        steps=9000,
+    )
+    results.save(longer, tmp_path / "longer.json")
+    results.save(make_comparison([make_run(seed=43)], steps=7000), tmp_path / "short.json")
+    files = (tmp_path / "longer.json", tmp_path / "short.json")
+    args = merge.MergeArgs(files, output=tmp_path / "joined.json", at_step=7000)
+    merge.merge(args)
+    joined = results.load(args.output)
+    assert joined.steps == 7000 and [run.seed for run in joined.runs] == [42, 43]
+    early, short = joined.runs
+    assert (early.psnr, early.gaussians, early.at_step) == (7.0, 7000, 7000)
+    assert early.wall_s is early.it_per_s_last_1000 is early.peak_gpu_allocated_bytes is None
+    assert short == make_run(seed=43)
+    args.at_step = None
+    with pytest.raises(results.ResultsError, match="steps"):
+        merge.merge(args)
+
+
 def test_merge_files(tmp_path, make_run, make_comparison):
     other_machine = {"gpu": "other"}
     results.save(make_comparison([make_run()], command="first"), tmp_path / "a.json")

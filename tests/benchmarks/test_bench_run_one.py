@@ -136,6 +136,22 @@ def test_meter_times_the_last_steps_only(monkeypatch):
     assert result["peak_host_bytes"] > 1e8
 
 
+def test_meter_takes_turns():
+    calls = []
+    turns: Any = SimpleNamespace(
+        alone=lambda: calls.append("alone"),
+        together=lambda: calls.append("together"),
+        step_ended=lambda: calls.append("step"),
+    )
+    training = TrainingMeter(6, cuda=False, on_step=lambda done: None, turns=turns)
+    callback = training.callback()
+    training.start()
+    for step in range(6):
+        callback.run_callback(step)
+    assert calls == ["step", "step", "alone", "step", "step", "together"]
+    assert training.result is not None and training.result["wall_s"] is None
+
+
 def test_meter_leaves_out_the_memory_of_pauses(monkeypatch):
     used = {"allocated": 0, "reserved": 0}
 
