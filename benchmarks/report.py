@@ -89,6 +89,9 @@ def section(name: str, comparison: Comparison) -> str:
     lines += [f"- Data: `{' '.join(comparison.dataparser)}`; {_held_out(comparison)}"]
     lines += [f"- File: [`{name}`](results/{name})", "", "```sh", comparison.command, "```", ""]
     lines += markdown(tables.summary_table(comparison))
+    if len({run.commit for run in comparison.runs if run.error is None}) > 1:
+        lines += ["", "All commits together:", ""]
+        lines += markdown(tables.quality_table(comparison.pooled()))
     lines += ["", "Every run:", ""]
     lines += markdown(tables.run_table(comparison))
     culling = tables.culling_table(comparison)

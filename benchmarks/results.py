@@ -92,6 +92,17 @@ class Run:
         return self.error is None and timed
 
 
+TIMES_AND_PEAKS = (
+    "it_per_s_last_1000",
+    "timed_steps",
+    "wall_s",
+    "peak_gpu_allocated_bytes",
+    "peak_gpu_reserved_bytes",
+    "peak_host_bytes",
+)
+"""Fields of a run that depend on the machine."""
+
+
 @dataclass
 class Comparison:
     """All runs of one scene at one number of steps under the same common settings."""
@@ -165,6 +176,15 @@ class Comparison:
                     key = (run.method, run.engine, run.seed, run.overrides, run.commit)
                     runs.append(Run(*key, **known))
         return dataclasses.replace(self, steps=steps, runs=runs)
+
+    def pooled(self) -> Comparison:
+        """The runs of all commits and machines as if they were of one, without what is timed."""
+        nothing: dict[str, Any] = dict.fromkeys(TIMES_AND_PEAKS)
+        runs = [
+            dataclasses.replace(run, commit=self.commit, machine=None, **nothing)
+            for run in self.runs
+        ]
+        return dataclasses.replace(self, runs=runs)
 
     def add_command(self, command: str) -> None:
         """Append the lines of ``command`` that the file doesn't have."""

@@ -100,14 +100,15 @@ def group_runs(comparison: Comparison) -> list[Group]:
 
 
 def compare_groups(comparison: Comparison) -> list[Row]:
-    """Each group beside the splatfacto runs of the same machine."""
+    """Each group beside the splatfacto runs of the same machine, of the same commit if possible."""
     groups = [group for group in group_runs(comparison) if group.runs]
-    return [_row(group, _baseline(groups, group.machine)) for group in groups]
+    return [_row(group, _baseline(groups, group)) for group in groups]
 
 
-def _baseline(groups: list[Group], machine: dict[str, Any] | None) -> list[Run]:
+def _baseline(groups: list[Group], beside: Group) -> list[Run]:
     """Splatfacto with the common settings; one with settings of its own only if that is all."""
-    candidates = [g for g in groups if g.method == BASELINE and g.machine == machine]
+    candidates = [g for g in groups if g.method == BASELINE and g.machine == beside.machine]
+    candidates = [g for g in candidates if g.commit == beside.commit] or candidates
     plain = [group for group in candidates if not group.own_overrides]
     return [run for group in plain or candidates for run in group.runs]
 

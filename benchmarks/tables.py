@@ -69,6 +69,13 @@ def summary_table(comparison: Comparison) -> TextTable:
     return TextTable(columns, [_summary(row) for row in compare_groups(comparison)])
 
 
+def quality_table(comparison: Comparison) -> TextTable:
+    """The columns of :func:`summary_table` that say nothing of time and memory."""
+    whole = summary_table(comparison)
+    end = whole.columns.index("it/s")
+    return TextTable(whole.columns[:end], [row[:end] for row in whole.rows])
+
+
 def culling_table(comparison: Comparison) -> TextTable:
     """One row a run with a culler: the rows that it brings to the device for held-out views."""
     columns = [

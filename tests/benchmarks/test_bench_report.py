@@ -53,6 +53,37 @@ def test_no_ratio_without_a_splatfacto_run_of_the_same_machine(make_run, make_co
         assert row.memory_ratio is None and row.gaussians_difference is None
 
 
+def test_commits_are_compared_with_their_own_splatfacto_and_pooled(
+    tmp_path, make_run, make_comparison
+):
+    other = {**make_comparison().machine, "gpu": "other"}
+    old = {"commit": "d" * 40, "machine": other}
+    comparison = make_comparison(
+        [
+            make_run(psnr=29.0),
+            make_run("gsscale", psnr=29.1),
+            make_run(psnr=27.0, commit="e" * 40),
+            make_run(psnr=28.0, **old),
+            make_run("gsscale", psnr=27.7, **old),
+        ]
+    )
+    differences = {
+        row.group.label: row.psnr_difference for row in summary.compare_groups(comparison)
+    }
+    assert differences["gsscale (host)"] == pytest.approx(0.1)
+    assert differences["gsscale (host) at ddddddd on other"] == pytest.approx(-0.3)
+    table = tables.quality_table(comparison.pooled())
+    assert [row[:4] for row in table.rows] == [
+        ["splatfacto", "3", "28.00 ± 1.00", "+0.00"],
+        ["gsscale (host)", "2", "28.40 ± 0.99", "+0.40"],
+    ]
+    assert "it/s" not in table.columns and len(table.rows[0]) == len(table.columns)
+    results.save(comparison, tmp_path / "a.json")
+    assert "All commits together" in report.page(tmp_path)
+    results.save(make_comparison([make_run()]), tmp_path / "a.json")
+    assert "All commits together" not in report.page(tmp_path)
+
+
 def test_groups_tell_engines_settings_commits_apart(make_run, make_comparison):
     comparison = make_comparison(
         [
