@@ -157,4 +157,5 @@ class CompareArgs:
         words += ["--evaluate-every", str(self.evaluate_every)] if self.evaluate_every else []
         words += ["--perceptual"] if self.perceptual else []
         words += ["--profile-steps", str(self.profile_steps)] if self.profile_steps else []
+        words += ["--turns", "DIR"] if self.turns is not None else []
         return shlex.join(words)

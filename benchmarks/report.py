@@ -6,15 +6,17 @@ python benchmarks/report.py [--check]
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
     _here = Path(__file__).resolve().parent
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
 
-from benchmarks import cli, results, tables
+from benchmarks import cli, results, rows, scale, step, step_table, tables
 from benchmarks.results import Comparison
 from benchmarks.tables import TextTable
 
@@ -26,8 +28,45 @@ HEAD = """\
 # Benchmarks
 
 Splatfacto and gsscale on the same scene, the same machine, the same settings. Every number on this
-page is read from the files in `docs/results/`; `python benchmarks/report.py` writes the page.
+page is read from the files in `docs/results/`; `python benchmarks/report.py` writes the page. Whole
+trainings come first, then [single steps](#single-steps) at a fixed number of Gaussians.
 """
+
+SINGLE_STEPS = """
+## Single steps
+
+Rows are Gaussians that were made from a scene's points, so that there are as many as one likes; the
+truth is a random image. No quality comes of it, only time and memory.
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How files of a kind that is no comparison are shown."""
+
+    heading: Callable[[dict[str, Any]], str]
+    tables: tuple[Callable[[dict[str, Any]], TextTable], ...]
+    legend: str
+
+
+KINDS = {
+    step.KIND: Kind(
+        lambda report: f"{report['scene']}, a step at {report['rows']:,} rows",
+        (step_table.step_table, step_table.counter_table),
+        step_table.LEGEND,
+    ),
+    scale.KIND: Kind(
+        lambda report: f"{report['scene']}, steps of up to {report['runs'][-1]['rows']:,} rows",
+        (scale.table,),
+        scale.LEGEND,
+    ),
+    rows.KIND: Kind(
+        lambda report: f"{report['scene']}, row kernels at {report['rows']:,} rows",
+        (rows.table, lambda report: rows.table(report["gpu"] or {"kernels": []})),
+        rows.LEGEND,
+    ),
+}
+"""In the order of the page."""
 
 EMPTY = """
 There are no results yet. `python benchmarks/compare.py --scene DIR --steps N` makes the first.
@@ -67,14 +106,37 @@ class ReportArgs:
 
 
 def page(folder: Path) -> str:
-    """The whole page. JSON files of another kind in the folder are not ours."""
-    files = [path for path in sorted(folder.glob("*.json")) if results.is_comparison(path)]
-    comparisons = [(path, results.load(path)) for path in files]
-    comparisons.sort(key=lambda pair: (pair[1].scene, pair[1].steps, pair[0].name))
-    if not comparisons:
+    """The whole page. JSON files of a kind that it does not know are not ours."""
+    files = {path: results.read(path) for path in sorted(folder.glob("*.json"))}
+    comparisons = [
+        (path.name, results.load(path))
+        for path, data in files.items()
+        if data.get("kind") == results.KIND
+    ]
+    comparisons.sort(key=lambda pair: (pair[1].scene, pair[1].steps, pair[0]))
+    sections = [section(name, comparison) for name, comparison in comparisons]
+    steps = []
+    for name, kind in KINDS.items():
+        of_kind = [(path, data) for path, data in files.items() if data.get("kind") == name]
+        steps += [kind_section(path.name, data, kind) for path, data in of_kind]
+        steps += [f"\n{kind.legend}\n"] if of_kind else []
+    if not sections and not steps:
         return HEAD + EMPTY
-    sections = [section(path.name, comparison) for path, comparison in comparisons]
-    return HEAD + LEGEND + "".join(sections)
+    return "".join([HEAD, LEGEND, *sections, *([SINGLE_STEPS, *steps] if steps else [])])
+
+
+def kind_section(name: str, report: dict[str, Any], kind: Kind) -> str:
+    """A file that is no comparison: where it comes from, and its tables."""
+    lines = ["", f"### {kind.heading(report)}", ""]
+    lines += [f"- Machine: {_escape(tables.describe_machine(report['machine']))}"]
+    lines += [f"- Commit: `{report['commit']}`"]
+    if report.get("cap_gb") is not None:
+        lines += [f"- GPU memory: {report['cap_gb']:g} GB for each process in all"]
+    lines += [f"- File: [`{name}`](results/{name})", "", "```sh", report["command"], "```", ""]
+    for make in kind.tables:
+        table = make(report)
+        lines += [*markdown(table), ""] if table.rows else []
+    return "\n".join(lines)
 
 
 def section(name: str, comparison: Comparison) -> str:

@@ -223,13 +223,13 @@ def load(path: Path) -> Comparison:
         raise ResultsError(f"cannot read {path}: {error.strerror}") from error
 
 
-def is_comparison(path: Path) -> bool:
-    """Whether a JSON file calls itself a comparison."""
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file of any kind; ``{}`` if it has none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ResultsError(f"{path} is not JSON: {error}") from error
-    return isinstance(data, dict) and data.get("kind") == KIND
+    return data if isinstance(data, dict) else {}
 
 
 def save(comparison: Comparison, path: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, results, rows
+from benchmarks import machine, rows
+from benchmarks import report as report_page
 from benchmarks.fixed_rows import fit
 from benchmarks.plan import PlanError
 from benchmarks.rows import RowsArgs
@@ -163,7 +164,8 @@ def test_the_command(tmp_path):
     assert (report["kind"], report["rows"], report["threads"]) == ("rows", 20_000, 1)
     assert 0 < report["visible_share"] <= 0.35 and len(report["kernels"]) == 4
     assert "--threads 1" in report["command"] and str(tmp_path) not in output.read_text()
-    assert not results.is_comparison(output)
+    page = report_page.page(output.parent)
+    assert "row kernels at 20,000 rows" in page and "| gather_settled | host |" in page
     assert "gather_settled" in done.stdout and "floor" in done.stdout
     if torch.cuda.is_available():
         assert len(report["gpu"]["kernels"]) == 5 and "write rows back" in done.stdout

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import children, machine, scale
+from benchmarks import report as report_page
 from benchmarks.errors import BenchmarkError
 from benchmarks.memory_cap import cap_gpu_memory
 from benchmarks.plan import PlanError
@@ -60,6 +61,9 @@ def test_a_method_that_is_out_of_memory_is_not_asked_for_more(colmap_scene, tmp_
     assert [rows for label, rows in asked if "resident" in label] == [1000, 3000, 4000]
     report = json.loads(args.output.read_text())
     assert report["kind"] == "scale" and report["cap_gb"] == 8
+    page = report_page.page(args.output.parent)
+    assert "park, steps of up to 4,000 rows" in page and "8 GB for each process" in page
+    assert "| splatfacto | 3,000 | out of memory |" in page
     assert "--rows 1000 3000 4000" in report["command"] and "--cap-gb 8" in report["command"]
     table = scale.table(report)
     cells = {(line[0], line[1]): dict(zip(table.columns, line, strict=True)) for line in table.rows}
