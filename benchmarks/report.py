@@ -66,7 +66,22 @@ KINDS = {
         rows.LEGEND,
     ),
 }
-"""In the order of the page."""
+"""In the order of the page.
+## Scenes
+
+| name | what | images | starts from |
+| --- | --- | --- | --- |
+| `sheffield` | drone flight over houses, a park and tennis courts | 172 of 800 x 600 | \
+COLMAP, 52 181 points |
+| `caliterra` | drone flight over a construction site (OpenDroneMap, CC0) | 75 of 2000 x 1500 | \
+COLMAP, 45 244 points |
+| `fox` | hand-held capture of a stuffed fox (instant-ngp's example) | 50 of 1080 x 1920 | \
+random points |
+| `village` | what `make demo` makes | 40 | sparse points |
+
+Of the first two the poses were reconstructed for this project. `caliterra` in a command stands for
+its folder; any scene that Nerfstudio reads can be in its place.
+"""
 
 EMPTY = """
 There are no results yet. `python benchmarks/compare.py --scene DIR --steps N` makes the first.

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass
 class GSScaleModelConfig(SplatfactoModelConfig):
-    """splatfacto's options, and what concerns host memory."""
+    """splatfacto's options; memory, engine, moments and strategy are gsscale's."""
 
     _target: type = field(default_factory=lambda: GSScaleModel)
     max_gaussians: int | None = None
@@ -63,13 +63,15 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     holds at the time. GPU memory and speed depend on the Gaussians that a view sees, not on
     this."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How Adam's two moments of each Gaussian are kept. "bfloat16", rounded stochastically: a third
-    less host memory (528 bytes a Gaussian for 784 at SH degree 3), a third less over the link, half
-    as many Gaussians again in the resident engine's cache; no longer exactly dense Adam."""
+    """How Adam's two moments of each Gaussian are kept. "bfloat16" (16 bits, rounded
+    stochastically) takes a third less host memory (528 bytes a Gaussian instead of 784 at SH degree
+    3), sends a third less over the link between host and GPU, and lets the resident engine's cache
+    hold half as many Gaussians again. It is no longer exactly dense Adam; not measured on real
+    scenes yet."""
     engine: Literal["auto", "host", "resident"] = "auto"
     """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
-    the budget; fast. "host": on the CPU; takes the least GPU memory, about 700 bytes for each
-    Gaussian that a view sees, and is slower. "auto": resident where there is a GPU, until the
+    the budget; fast. "host": on the CPU; takes the least GPU memory, 700 to 1020 bytes for
+    each Gaussian that a view sees, and is slower. "auto": resident where there is a GPU, until the
     measured rates of link and host memory say that the other one is clearly faster."""
     strategy: Literal["default", "mcmc"] = "default"
     """How the scene grows. "default": splatfacto's cloning, splitting and pruning by gradients.
@@ -85,10 +87,10 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     mcmc_scale_reg: float = 0.01
     """Weight of the mean scale in the loss, with strategy mcmc."""
     vram_budget_gb: float | None = None
-    """GPU memory, in 10^9 bytes, that training may take in all: the larger, the fewer Gaussians
-    cross the link at each step with the resident engine. Views for which it is too small are drawn
-    in parts. Unset, or more than that: 90 % of what is free. The viewer can change it while
-    training."""
+    """GPU memory, in 10^9 bytes, that training may take in all, CUDA's own included. The larger,
+    the fewer Gaussians cross the link between host and GPU with the resident engine. Views for
+    which it is too small are drawn in parts. Unset: 90 % of what is free, which is also the most
+    that is ever taken. The viewer can change it while training."""
 
 
 class GSScaleModel(SplatfactoModel):
