@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from gsscale_nerfstudio.engines import Budget, ResidentEngine, sizing
 from gsscale_nerfstudio.engines import make_engine as engine_of
 from gsscale_nerfstudio.engines.budget import IN_TENSORS
 from gsscale_nerfstudio.engines.rates import Rates
-from gsscale_nerfstudio.engines.sizing import CacheSizing, ViewSizing
+from gsscale_nerfstudio.engines.sizing import CacheSizing, ViewSizing, with_margin
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import HostStore, RowLayout
@@ -40,6 +41,21 @@ def largest_view(layout: RowLayout) -> int:
     return max(len(engine.fetch(view)) for view in ring_of_views())
 
 
+def largest_working_set(layout: RowLayout, steps: int) -> int:
+    """Rows of the largest view of a training; rows move, so that it is not that of the start."""
+    engine = make_engine(random_rows(ROWS, layout), layout, "cpu", None)
+    sizes, begin = [], engine.begin
+
+    def begin_and_count(*args: Any) -> Any:
+        working = begin(*args)
+        sizes.append(len(working))
+        return working
+
+    engine.begin = begin_and_count
+    drive(engine, steps)
+    return max(sizes)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("budget", ["all rows", "two views", "one view"])
 @pytest.mark.parametrize("degree", [0, 2, 3])
@@ -48,9 +64,9 @@ def test_two_hundred_steps_equal_dense_adam(device, budget, degree):
     if device == "cpu" and degree != 2 and budget != "two views":
         pytest.skip("slow without a GPU, and covered by the others")
     layout = RowLayout(degree)
-    view = largest_view(layout)
-    room = {"all rows": ROWS, "two views": 2 * view, "one view": view + view // 3}[budget]
     steps = 200 if (degree, budget) == (2, "two views") or device == "cuda" else 40
+    room = {"all rows": ROWS, "two views": 2 * largest_view(layout)}.get(budget)
+    room = room or with_margin(largest_working_set(layout, steps))  # the least that will do
     engine = make_engine(random_rows(ROWS, layout), layout, device, room)
     before = copies(engine.store)
     seen = drive(engine, steps)
@@ -147,8 +163,11 @@ def test_culling_ahead_drops_no_row(device, moments):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("share", [0.7, 3])
-def test_densification_in_between(device, share):
-    """The same rows grow, split and go as with the host engine, and have the same values."""
+def test_densification_in_between(device, share, monkeypatch):
+    """The same rows grow, split and go as with the host engine, and have the same values.
+
+    Streams and threads of the resident engine are late at random.
+    """
     layout = RowLayout(1)
 
     def strategy() -> RowStrategy:
@@ -173,12 +192,14 @@ def test_densification_in_between(device, share):
             strategies.refine(engine, step)
             sizes.append(len(engine.store))
 
-        drive(engine, 45, announce=lambda step: step % 2 == 0, after_step=refine)
+        with monkeypatch.context() as late:
+            late.setattr(Stress, "longest", 0.002 if cache_rows else 0.0)
+            drive(engine, 45, announce=lambda step: step % 2 == 0, after_step=refine)
         engine.settle()
         assert len(set(sizes)) > 2
         stores.append(engine.store)
     assert len(stores[0]) == len(stores[1])
-    assert unordered_error(*stores) < 1e-4
+    assert unordered_error(*stores) < 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
