@@ -59,7 +59,7 @@ def largest_working_set(layout: RowLayout, steps: int) -> int:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("budget", ["all rows", "two views", "one view"])
 @pytest.mark.parametrize("degree", [0, 2, 3])
-def test_two_hundred_steps_equal_dense_adam(device, budget, degree):
+def test_two_hundred_steps_equal_dense_adam(device, budget, degree, capsys):
     """Learning-rate schedules on, views announced; with less room, rows come and go."""
     if device == "cpu" and degree != 2 and budget != "two views":
         pytest.skip("slow without a GPU, and covered by the others")
@@ -79,6 +79,10 @@ def test_two_hundred_steps_equal_dense_adam(device, budget, degree):
     assert max(e for e in errors.values() if e == e) < 1e-5, errors
     assert counters["views"] == steps
     assert engine._fitted is not None  # it did not fall back to the host engine
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"engine resident. The GPU has room for {room:,} Gaussians") == 1
+    if budget != "two views":  # which have room or not, as they come
+        assert ("two consecutive views do not fit" in said) == (budget == "one view")
     missed = counters["rows_missed"]
     assert missed <= ROWS if budget == "all rows" else missed > 0.2 * counters["rows"]
     assert engine.store.bookkeeping("count").sum() == sum(len(view.ids) for view in seen)
