@@ -1,9 +1,10 @@
 """A training of any size: a scene's images, made-up rows, one refinement, evaluation, checkpoint.
 
-python benchmarks/big_training.py --scene DIR --rows 1e8 --steps 300 --cap-gb 24
+python benchmarks/big_training.py --scene DIR --rows 1e8 --steps 300 --cap-gb 24 --work DIR
 
-The rows are those of ``step.py``; what comes out is no picture of anything. Whether it comes to an
-end, in how much memory and in what time, does not depend on that.
+The rows are those of ``step.py``, and so are the views: the scene's cameras over every tile, each
+with its own image. What comes out is no picture of anything. Whether it comes to an end, in how
+much memory and in what time, does not depend on that.
 """
 
 from __future__ import annotations
@@ -29,12 +30,25 @@ from rich.markup import escape
 from benchmarks import cli, results
 from benchmarks import machine as machine_info
 from benchmarks.cli import say, show
+from benchmarks.host_memory import AnonymousPeak
 from benchmarks.plan import PlanError
 from benchmarks.scene import dataparser_arguments
 from benchmarks.step_table import gb, text
 from benchmarks.tables import TextTable, describe_machine
 
 KIND = "big training"
+GROWTH = 1.02
+"""Rows that there may be in the end, as a multiple of those that were made. A refinement would add
+as many as the gradients of nonsense ask for: tens of GB."""
+PEAKS = {
+    "peak_host_before_checkpoint_bytes": "host memory before the checkpoint",
+    "peak_host_anonymous_bytes": "host memory without files, all the time",
+    "peak_host_bytes": "host memory, with the checkpoint's file as far as it is mapped",
+    "peak_gpu_allocated_bytes": "GPU memory allocated",
+    "peak_gpu_reserved_bytes": "GPU memory reserved",
+}
+"""Bytes, and what they are called in the table. A checkpoint is written through a mapping: its
+pages count as resident, though the system takes them back when it needs them."""
 
 
 @dataclass
@@ -46,7 +60,8 @@ class BigTrainingArgs:
     rows: float
     """Number of Gaussians: 1e8."""
     work: Path
-    """Folder for the checkpoint, which is deleted at the end: 720 bytes for each Gaussian."""
+    """Folder for the checkpoint, which is deleted at the end: 720 bytes for each Gaussian, 484 with
+    moments of 16 bits."""
     visible: float = 0.05
     """Share of them that a view sees on average, at most."""
     steps: int = 300
@@ -58,7 +73,8 @@ class BigTrainingArgs:
     seed: int = 42
     """Seed of rows and training."""
     overrides: tuple[str, ...] = ()
-    """Settings as ns-train names them: NAME=VALUE."""
+    """Settings as ns-train names them: NAME=VALUE. max-gaussians is 1.02 times the rows unless one
+    of these says otherwise."""
     dataparser_overrides: tuple[str, ...] = ()
     """Settings of the dataparser: eval-interval=4."""
     output: Path | None = None
@@ -75,10 +91,12 @@ class BigTrainingArgs:
         dataparser_arguments(self.scene, list(self.dataparser_overrides))
 
     def settings(self) -> list[str]:
-        """All settings: full resolution, all SH bands, one refinement, then the user's."""
+        """All settings: full resolution, all SH bands, one refinement that adds a few rows, then
+        the user's."""
         model, third = "pipeline.model", self.steps // 3
         fixed = [f"{model}.num-downscales=0", f"{model}.sh-degree-interval=1"]
         fixed += [f"{model}.warmup-length={third}", f"{model}.refine-every={third}"]
+        fixed.append(f"{model}.max-gaussians={int(GROWTH * self.rows)}")
         if self.cap_gb is not None:
             fixed.append(f"{model}.vram-budget-gb={self.cap_gb}")
         return [*fixed, *self.overrides]
@@ -123,7 +141,7 @@ def train(args: BigTrainingArgs, work: Path, console: Console) -> dict[str, Any]
     import torch
     from nerfstudio.scripts import train as ns_train
 
-    from benchmarks import fixed_rows, images, ns_config
+    from benchmarks import fixed_rows, flight, images, ns_config
     from benchmarks.host_memory import peak_host_bytes
     from benchmarks.memory_cap import cap_gpu_memory
     from benchmarks.offline import ensure_lpips_backbone
@@ -154,18 +172,27 @@ def train(args: BigTrainingArgs, work: Path, console: Console) -> dict[str, Any]
     if not any(model.strategy.changes_rows(step) for step in range(1, args.steps)):
         least = 3 * (model.num_train_data + 1)
         raise PlanError(f"there is no refinement in {args.steps} steps; let --steps be {least}")
+    if model.camera_optimizer.config.mode != "off" or model.config.use_bilateral_grid:
+        raise PlanError(
+            "poses and bilateral grids are those of the scene's images, and there are more views; "
+            "leave camera-optimizer.mode and use-bilateral-grid out"
+        )
+    data = trainer.pipeline.datamanager
+    with watch.over("reading images"):
+        split = flight.images_in_memory(data)
     with watch.over("making rows"):
-        split = fixed_rows.train_split(config)
         degree = model.config.sh_degree
         scene = fixed_rows.fit(split, int(args.rows), args.visible, args.seed, degree)
         fill_store(model.engine, scene.rows)
-    console.print(f"made {int(args.rows):,} rows")
-    rows, largest_file = model.num_points, 0
+    flight.fly_over(data, split, scene.cameras)
+    console.print(f"made {int(args.rows):,} rows under {len(scene.cameras):,} cameras")
+    rows, largest_file, before_saving = model.num_points, 0, 0
 
     save = trainer.save_checkpoint
 
     def save_and_measure(step: int) -> None:
-        nonlocal largest_file
+        nonlocal largest_file, before_saving
+        before_saving = before_saving or peak_host_bytes()
         with watch.over("checkpoint"):
             save(step)
         sizes = [path.stat().st_size for path in trainer.checkpoint_dir.glob("*.ckpt")]
@@ -177,6 +204,7 @@ def train(args: BigTrainingArgs, work: Path, console: Console) -> dict[str, Any]
         trainer.train()
         if cuda:
             torch.cuda.synchronize()
+    counters = {name: float(value) for name, value in model.engine.counters.items()}
     with watch.over("evaluation"):
         views = images.metrics_of_views(trainer.pipeline)
     stepping = sum(watch.seconds[name] for name in ("refinement", "checkpoint"))
@@ -184,12 +212,16 @@ def train(args: BigTrainingArgs, work: Path, console: Console) -> dict[str, Any]
         "rows": rows,
         "rows_after": model.num_points,
         "tiles": scene.rows.tiles,
+        "views": len(scene.cameras),
+        "planned_visible_share": scene.visible_share,
         "evaluated_views": len(views),
         "psnr": fmean(view["psnr"] for view in views),
         "it_per_s": args.steps / (watch.seconds["training"] - stepping),
         "seconds": watch.seconds,
         "checkpoint_bytes": largest_file,
-        "counters": {name: float(value) for name, value in model.engine.counters.items()},
+        "counters": counters,
+        "hit_rate": 1 - counters["rows_missed"] / counters["rows"],
+        "peak_host_before_checkpoint_bytes": before_saving,
         "peak_host_bytes": peak_host_bytes(),
         "peak_gpu_allocated_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
@@ -205,7 +237,8 @@ def measure(args: BigTrainingArgs, console: Console) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gsscale-big-", dir=args.work) as work:
         try:
-            measured = train(args, Path(work), console)
+            with AnonymousPeak() as anonymous:
+                measured = train(args, Path(work), console)
         finally:
             close_writers()
     report = {
@@ -217,6 +250,7 @@ def measure(args: BigTrainingArgs, console: Console) -> None:
         "commit": commit,
         "command": args.command(),
         **measured,
+        "peak_host_anonymous_bytes": anonymous.bytes,
     }
     results.write_report(path, report)
     say(describe_machine(machine), console)
@@ -239,12 +273,12 @@ def table(report: dict[str, Any]) -> TextTable:
     written = report["checkpoint_bytes"] / report["seconds"]["checkpoint"]
     lines = [
         ["Gaussians, before and after", f"{report['rows']:,}, {report['rows_after']:,}"],
+        ["views, of how many tiles", f"{report['views']:,}, {report['tiles']:,}"],
         ["it/s, without refinement and checkpoint", text(report["it_per_s"], "{:.2f}")],
+        ["hit rate: rows of a view that were at hand", text(report["hit_rate"], "{:.0%}")],
         *([f"s for {name}", text(s, "{:.1f}")] for name, s in report["seconds"].items()),
         ["checkpoint, GB and GB/s", f"{report['checkpoint_bytes'] / 1e9:.2f}, {written / 1e9:.2f}"],
-        ["host memory, GB", text(gb(report["peak_host_bytes"]), "{:.2f}")],
-        ["GPU memory allocated, GB", text(gb(report["peak_gpu_allocated_bytes"]), "{:.2f}")],
-        ["GPU memory reserved, GB", text(gb(report["peak_gpu_reserved_bytes"]), "{:.2f}")],
+        *([f"{name}, GB", text(gb(report[key]), "{:.2f}")] for key, name in PEAKS.items()),
     ]
     return TextTable(["what", "how much"], lines)
 

@@ -38,11 +38,13 @@ def test_all_of_it_is_done_and_measured(args):
     report = json.loads(args.output.read_text())
     assert report["kind"] == "big training" and "--rows 3000" in report["command"]
     assert report["rows"] == 3000 and report["rows_after"] != 3000
+    assert report["rows_after"] <= 1.02 * report["rows"]
     assert report["evaluated_views"] == 2
+    assert report["tiles"] > 1 and report["views"] == 6 * report["tiles"]
     # 59 parameters and their two moments, in float32, of all rows.
     assert 0 <= report["checkpoint_bytes"] - 708 * report["rows_after"] < 300_000
     assert set(report["seconds"]) == {
-        "making rows", "training", "refinement", "checkpoint", "evaluation"
+        "reading images", "making rows", "training", "refinement", "checkpoint", "evaluation"
     }  # fmt: skip
     assert min(report["seconds"].values()) > 0 and report["it_per_s"] > 0
     assert report["counters"]["views"] == 21
@@ -51,8 +53,16 @@ def test_all_of_it_is_done_and_measured(args):
     assert [path.name for path in args.work.iterdir()] == ["mine"], "only its own files go"
 
 
-def test_a_training_without_refinement_is_refused(args):
-    args.steps = 15
-    with pytest.raises(PlanError, match="let --steps be 21"):
+@pytest.mark.parametrize(
+    ("steps", "setting", "said"),
+    [
+        (15, (), "let --steps be 21"),
+        (21, ("pipeline.model.use-bilateral-grid=True",), "leave camera-optimizer.mode"),
+        (21, ("pipeline.model.camera-optimizer.mode=SO3xR3",), "leave camera-optimizer.mode"),
+    ],
+)
+def test_what_cannot_be_is_refused(args, steps, setting, said):
+    args.steps, args.overrides = steps, args.overrides + setting
+    with pytest.raises(PlanError, match=said):
         big_training.measure(args, Console(file=io.StringIO()))
     assert not args.output.exists()
