@@ -36,6 +36,8 @@ ms: median of a step. visible: rows of a view. host: milliseconds of a step in w
 settled and stepped rows, culled, and admitted rows to the cache; they overlap with the GPU's work.
 missed: share of a view's rows that crossed the link. GPU GB, reserved, host GB: peaks of a
 training, 10^9 bytes."""
+OFF_BY = 0.25
+"""How far views may be off what --visible-rows asks for, as a share of it."""
 HOST_WORK = ("step_s", "gather_s", "cull_s", "spheres_s", "admit_s", "expect_s")
 """Counters of the engines that are time of the CPU's."""
 
@@ -49,7 +51,8 @@ class ScaleArgs:
     rows: tuple[float, ...]
     """Numbers of Gaussians, ascending: 1e6 3e6."""
     visible_rows: float | None = None
-    """Gaussians that a view sees on average, whatever their number. Unset: --visible decides."""
+    """Gaussians that a view sees on average, whatever their number; what a number of tiles cannot
+    give within a quarter is refused. Unset: --visible decides."""
     visible: float = 0.08
     """Share of the Gaussians that a view sees on average."""
     methods: tuple[str, ...] = ("gsscale-host", "gsscale-resident")
@@ -101,6 +104,8 @@ class ScaleArgs:
         """Raise on arguments that would only fail minutes later."""
         if not self.rows or list(self.rows) != sorted(self.rows):
             raise PlanError("--rows takes at least one number of Gaussians, ascending")
+        if self.visible_rows is not None and not self.visible_rows > 0:
+            raise PlanError(f"--visible-rows must be positive, not {self.visible_rows}")
         for rows in self.rows:
             self.steps_at(rows).check()
 
@@ -122,9 +127,44 @@ class ScaleArgs:
         return shlex.join(words)
 
 
+def check_visible_rows(args: ScaleArgs) -> None:
+    """See that views will see as many rows as are asked for, at every number of rows.
+
+    A scene is repeated a whole number of times, and one tile may already be less than that.
+
+    Raises:
+        PlanError: they would see others than asked for by more than a quarter.
+    """
+    if args.visible_rows is None:
+        return
+    from benchmarks import fixed_rows, ns_config
+
+    arguments = ns_config.train_arguments(
+        method="gsscale",
+        scene=args.scene,
+        steps=args.steps,
+        seed=args.seed,
+        engine=None,
+        overrides=[],
+        dataparser_overrides=list(args.dataparser_overrides),
+        output_dir=args.logs,  # nothing is written there
+    )
+    split = fixed_rows.train_split(ns_config.parse(arguments))
+    for rows in args.rows:
+        share = args.steps_at(rows).visible
+        seen = rows * fixed_rows.fit(split, int(rows), share, args.seed).visible_share
+        if abs(seen / args.visible_rows - 1) > OFF_BY:
+            raise PlanError(
+                f"of {rows:,.0f} rows a view sees {seen:,.0f} at best, not --visible-rows "
+                f"{args.visible_rows:g}: the scene is repeated a whole number of times; let it be "
+                f"{seen:.2g}, or leave this number out of --rows"
+            )
+
+
 def measure(args: ScaleArgs, console: Console, command: Command | None = None) -> int:
     """Run, write the file, print the table. Returns how many runs failed but for memory."""
     args.check()
+    check_visible_rows(args)
     scene = args.scene.resolve().name
     path = args.output or results.new_path(f"scale-{scene}")
     report: dict[str, Any] = {

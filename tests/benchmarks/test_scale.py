@@ -12,12 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import children, machine, scale
+from benchmarks import children, fixed_rows, machine, scale
 from benchmarks import report as report_page
 from benchmarks.errors import BenchmarkError
 from benchmarks.memory_cap import cap_gpu_memory
 from benchmarks.plan import PlanError
 from benchmarks.scale import ScaleArgs
+from tests.benchmarks.flat_flight import flight
 from tests.benchmarks.test_step import COUNTED, MEASURED
 
 
@@ -88,9 +89,32 @@ def test_as_many_rows_are_visible_whatever_their_number(colmap_scene, tmp_path):
     assert args.steps_at(1e3).spec("splatfacto").overrides == ()
 
 
+def test_a_number_of_visible_rows_that_cannot_be_kept_is_refused(
+    colmap_scene, tmp_path, monkeypatch
+):
+    """A view of the flight sees a 40th of the rows, or less where there are more tiles."""
+    monkeypatch.setattr(fixed_rows, "train_split", lambda config: flight())
+
+    def asked(visible_rows: float) -> list:
+        fields = {"visible_rows": visible_rows, "methods": ("gsscale-host",)}
+        args = arguments(colmap_scene, tmp_path, (2e4, 6e4), **fields)
+        return [rows for _, rows in run(args, lambda *_: COUNTED)[2]]
+
+    with pytest.raises(PlanError, match=r"20,000 rows a view sees [\d,]+ at best.* 2000") as told:
+        asked(2000)
+    seen = float(str(told.value).partition("let it be ")[2].partition(",")[0])
+    assert 500 < seen < 1500
+    assert asked(seen) == [20_000, 60_000]
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
-    [({"rows": (2e3, 1e3)}, "ascending"), ({"rows": ()}, "at least one"), ({"cap_gb": 0.0}, "cap")],
+    [
+        ({"rows": (2e3, 1e3)}, "ascending"),
+        ({"rows": ()}, "at least one"),
+        ({"cap_gb": 0.0}, "cap"),
+        ({"visible_rows": 0.0}, "positive"),
+    ],
 )
 def test_what_cannot_be(colmap_scene, tmp_path, fields, said):
     args = arguments(colmap_scene, tmp_path, **{"rows": (1e3,), **fields})
