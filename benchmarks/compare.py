@@ -54,6 +54,7 @@ def child_command(args: CompareArgs) -> Command:
         if args.save_images is not None:
             words += ["--save-images", str(args.save_images), "--images", str(args.images)]
             words += ["--name", f"{args.scene_name}-{spec.label}"]
+            words += ["--crop", *map(str, args.crop)] if args.crop is not None else []
         return words
 
     return command

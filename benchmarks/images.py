@@ -1,9 +1,9 @@
-"""JPEGs of held-out views, small enough for the documentation."""
+"""Metrics of views, and pictures of held-out ones, small enough for the documentation."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from PIL import Image
+from torch import Tensor
 
-from benchmarks import perceptual
+from benchmarks.errors import BenchmarkError
+from benchmarks.kept import KeptViews
 
 MAX_BYTES = 100_000
 MAX_SIDE = 1200
 """Longest side of a single view, in pixels; a pair is twice as wide."""
+
+Crop = tuple[int, int, int, int]
+"""A detail: left and upper edge, width, height, in pixels of the image."""
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -25,52 +30,63 @@ def spread(total: int, count: int) -> list[int]:
     return [index * total // count for index in range(count)]
 
 
-def save_views(pipeline: VanillaPipeline, folder: Path, stem: str, count: int) -> list[Path]:
-    """Write ``STEM-viewNNN.jpg`` (truth | render) and ``STEM-viewNNN-render.jpg`` of some views."""
+def check_crop(crop: Crop, width: int, height: int) -> None:
+    """Raise unless a detail lies within images.
+
+    Raises:
+        BenchmarkError: it does not.
+    """
+    x, y, wide, high = crop
+    if min(x, y) < 0 or min(wide, high) < 1 or x + wide > width or y + high > height:
+        raise BenchmarkError(
+            f"--crop X Y W H is a part of the held-out images, which have {width} x {height} "
+            f"pixels, not {' '.join(map(str, crop))}"
+        )
+
+
+def save_views(
+    kept: KeptViews, folder: Path, stem: str, count: int, crop: Crop | None = None
+) -> list[Path]:
+    """Write ``STEM-viewNNN.jpg`` (truth | render) and ``STEM-viewNNN-render.jpg`` of some views,
+    and ``STEM-viewNNN-detail.png`` (truth | render) of a detail, pixel by pixel.
+
+    Args:
+        kept: the views.
+        folder: where to.
+        stem: first part of the names.
+        count: of views, evenly spread over all.
+        crop: the detail; None for none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for index, truth, render in held_out_views(pipeline, count):
-        pair = np.concatenate([truth, render], axis=1)
-        for name, pixels, side in (
-            (f"{stem}-view{index:03d}.jpg", pair, 2 * MAX_SIDE),
-            (f"{stem}-view{index:03d}-render.jpg", render, MAX_SIDE),
-        ):
-            (folder / name).write_bytes(to_jpeg(pixels, side))
-            written.append(folder / name)
+    chosen, written = set(spread(len(kept), count)), []
+    for place, (index, *images) in enumerate(kept):
+        if place not in chosen:
+            continue
+        truth, render = map(_to_uint8, images)
+        files = {
+            "": to_jpeg(np.concatenate([truth, render], axis=1), 2 * MAX_SIDE),
+            "-render": to_jpeg(render, MAX_SIDE),
+        }
+        if crop is not None:
+            files["-detail"] = to_png(*(_part(image, crop) for image in (truth, render)))
+        for what, content in files.items():
+            kind = "png" if what == "-detail" else "jpg"
+            written.append(folder / f"{stem}-view{index:03d}{what}.{kind}")
+            written[-1].write_bytes(content)
     return written
 
 
 @torch.no_grad()
-def held_out_views(
-    pipeline: VanillaPipeline, count: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Index, truth and render of some held-out views; images are ``[H, W, 3]`` uint8."""
-    model: Any = pipeline.model
-    data: Any = pipeline.datamanager
-    pipeline.eval()
-    chosen = set(spread(len(data.eval_dataset), count))
-    for index, (camera, batch) in enumerate(data.fixed_indices_eval_dataloader):
-        if index in chosen:
-            outputs = model.get_outputs_for_camera(camera)
-            truth = model.composite_with_background(
-                model.get_gt_img(batch["image"]), outputs["background"]
-            )
-            yield index, _to_uint8(truth), _to_uint8(outputs["rgb"])
-    pipeline.train()
-
-
-@torch.no_grad()
 def metrics_of_views(
-    pipeline: VanillaPipeline, perceptual_too: bool = False
+    pipeline: VanillaPipeline, seen: Callable[[int, Tensor, Tensor], None] | None = None
 ) -> list[dict[str, float]]:
     """The metrics of each held-out view, as Nerfstudio averages them.
 
     Args:
         pipeline: of a training.
-        perceptual_too: with those of :mod:`benchmarks.perceptual`.
+        seen: gets the index, the truth and the render of each, [H, W, 3], on the device.
     """
-    views = pipeline.datamanager.fixed_indices_eval_dataloader
-    return _metrics(pipeline, views, perceptual_too)
+    return _metrics(pipeline, pipeline.datamanager.fixed_indices_eval_dataloader, seen)
 
 
 @torch.no_grad()
@@ -83,19 +99,21 @@ def metrics_of_training_views(pipeline: VanillaPipeline, count: int) -> list[dic
 
 
 def _metrics(
-    pipeline: VanillaPipeline, views: Any, perceptual_too: bool = False
+    pipeline: VanillaPipeline,
+    views: Any,
+    seen: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> list[dict[str, float]]:
     model: Any = pipeline.model
     pipeline.eval()
     metrics = []
-    for camera, batch in views:
+    for index, (camera, batch) in enumerate(views):
         outputs = model.get_outputs_for_camera(camera=camera.to(pipeline.device))
         metrics.append(model.get_image_metrics_and_images(outputs, batch)[0])
-        if perceptual_too:
+        if seen is not None:
             truth = model.composite_with_background(
                 model.get_gt_img(batch["image"]), outputs["background"]
             )
-            metrics[-1].update(perceptual.measures(truth, outputs["rgb"]))
+            seen(index, truth, outputs["rgb"])
     pipeline.train()
     return metrics
 
@@ -113,5 +131,17 @@ def to_jpeg(pixels: np.ndarray, max_side: int, max_bytes: int = MAX_BYTES) -> by
         image.thumbnail((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
 
 
-def _to_uint8(image: torch.Tensor) -> np.ndarray:
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+def to_png(truth: np.ndarray, render: np.ndarray) -> bytes:
+    """Two images ``[H, W, 3]`` uint8 side by side, as they are."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate([truth, render], axis=1)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _part(image: np.ndarray, crop: Crop) -> np.ndarray:
+    x, y, width, height = crop
+    return image[y : y + height, x : x + width]
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.rint(image.clip(0, 1) * 255).astype(np.uint8)

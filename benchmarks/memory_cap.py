@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from benchmarks.errors import BenchmarkError
 
 
-def cap_gpu_memory(gigabytes: float) -> None:
+def cap_gpu_memory(gigabytes: float) -> float:
     """Let this process have so much GPU memory in all, as on a card of that size.
 
     What is taken already, CUDA's context among it, counts: call it first of all, on a GPU that
@@ -16,6 +19,9 @@ def cap_gpu_memory(gigabytes: float) -> None:
 
     Args:
         gigabytes: 10^9 bytes.
+
+    Returns:
+        The share of the GPU's memory that torch may have.
 
     Raises:
         BenchmarkError: that is not even enough for what is taken.
@@ -28,4 +34,23 @@ def cap_gpu_memory(gigabytes: float) -> None:
             f"{taken / 1e9:.2f} GB of the GPU are taken before anything is measured, more than "
             f"--cap-gb {gigabytes}; end other processes on it, or raise the cap"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, left / total))
+    share = min(1.0, left / total)
+    torch.cuda.set_per_process_memory_fraction(share)
+    return share
+
+
+@contextmanager
+def lifted(share: float | None) -> Iterator[None]:
+    """Let torch have all of the GPU for what is done inside.
+
+    Args:
+        share: what it may have otherwise, of :func:`cap_gpu_memory`; None where there is no cap.
+    """
+    if share is None:
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(share)

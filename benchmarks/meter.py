@@ -11,6 +11,7 @@ import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 
 from benchmarks.host_memory import peak_host_bytes
+from benchmarks.memory_cap import lifted
 from benchmarks.turns import Turns
 
 TIMED_STEPS = 1000
@@ -35,6 +36,7 @@ class TrainingMeter:
         on_step: told the number of steps done, after each step.
         turns: taken with trainings that share the machine; the timed steps are made alone. None
             where there are no others.
+        cap: share of the GPU's memory that the training may have; None for all.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class TrainingMeter:
         cuda: bool,
         on_step: Callable[[int], None],
         turns: Turns | None = None,
+        cap: float | None = None,
     ) -> None:
         self.steps = steps
         self.cuda = cuda
         self.on_step = on_step
         self._turns = turns
+        self._cap = cap
         self.result: dict[str, Any] | None = None
         """The measurements, under the names of :class:`benchmarks.results.Run`."""
         self._window = timed_steps(steps)
@@ -73,18 +77,21 @@ class TrainingMeter:
     def paused(self, give_back: Callable[[], None] | None = None) -> Iterator[None]:
         """Time and GPU memory of what is done inside, between two steps, do not count.
 
+        There is no cap meanwhile.
+
         Args:
             give_back: lets the GPU have what torch keeps of that memory, which the training did not
                 have before; None for torch's way.
         """
         self._peaks, begin = self._gpu_peaks(), self._now()
-        try:
-            yield
-        finally:
-            if self.cuda:
-                (give_back or torch.cuda.empty_cache)()
-                torch.cuda.reset_peak_memory_stats()
-            self._paused += self._now() - begin
+        with lifted(self._cap):
+            try:
+                yield
+            finally:
+                if self.cuda:
+                    (give_back or torch.cuda.empty_cache)()
+                    torch.cuda.reset_peak_memory_stats()
+                self._paused += self._now() - begin
 
     def _gpu_peaks(self) -> tuple[int, int]:
         """Bytes of torch's tensors, and of its allocator."""

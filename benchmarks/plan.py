@@ -72,16 +72,21 @@ class CompareArgs:
     commit: str | None = None
     """What is measured, where git can't tell. Default: $GSSCALE_COMMIT, then git."""
     save_images: Path | None = None
-    """Folder for JPEGs of held-out views: truth | render, and the render alone (100 kB at most)."""
+    """Folder for JPEGs of held-out views: truth | render, and the render alone (100 kB at most). Of
+    a run that ends before its time they are those of its best evaluation."""
     images: int = 3
     """Held-out views to save for every run."""
+    crop: tuple[int, int, int, int] | None = None
+    """X Y W H, in pixels of a held-out image: save this detail of each of them as well, as PNG,
+    truth | render."""
     cap_gb: float | None = None
     """GPU memory that each run may have in all, as on a card of this size; gsscale is told, too."""
     evaluate_every: int = 0
     """Steps between evaluations on the way, 0 for none; their time and GPU memory do not count. A
     run that runs out of memory is recorded with its best one."""
     perceptual: bool = False
-    """Measure MS-SSIM and FLIP on the held-out images, too; pip install flip-evaluator."""
+    """Measure MS-SSIM and FLIP on the held-out images, too: once, at the end, or for the best
+    evaluation of a run that runs out of memory; pip install flip-evaluator."""
     profile_steps: int = 0
     """GPU steps to profile, before those that are timed; wall time includes what that takes."""
     timeout: float | None = None
@@ -97,6 +102,10 @@ class CompareArgs:
             raise PlanError("--images, --profile-steps and --evaluate-every must be at least 0")
         if self.cap_gb is not None and (self.cap_gb <= 0 or self.shared_turns is not None):
             raise PlanError("--cap-gb takes gigabytes, and runs that have the GPU for themselves")
+        if self.crop is not None and (
+            self.save_images is None or min(self.crop[:2]) < 0 or min(self.crop[2:]) < 1
+        ):
+            raise PlanError("--crop takes X Y W H, and --save-images, where the detail goes")
         if not (self.methods and self.seeds and self.engines):
             raise PlanError("give at least one method, one engine and one seed")
         strangers = settings.targets(list(self.overrides)) - set(self.methods)

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":  # as a script: find the package, and let its modules shadow nothing
     _here = Path(__file__).resolve().parent
@@ -23,6 +23,9 @@ import tyro
 
 from benchmarks import child
 from benchmarks.progress import ProgressFile
+
+if TYPE_CHECKING:
+    from benchmarks.kept import KeptViews
 
 TRAINING_VIEWS = 40
 """Training images that are evaluated at most, for their mean."""
@@ -56,9 +59,11 @@ class RunArgs:
     scratch: Path | None = None
     """Folder for the LPIPS placeholder, shared between runs."""
     save_images: Path | None = None
-    """Folder for JPEGs of held-out views."""
+    """Folder for pictures of held-out views."""
     images: int = 3
     """Held-out views to save."""
+    crop: tuple[int, int, int, int] | None = None
+    """X Y W H of a detail to save of each of them."""
     name: str = "run"
     """First part of the images' names."""
     profile_steps: int = 0
@@ -82,7 +87,8 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     from benchmarks.course import Course
     from benchmarks.culling import check_culling
     from benchmarks.gpu_profile import TrainingProfile
-    from benchmarks.memory_cap import cap_gpu_memory
+    from benchmarks.kept import KeptViews
+    from benchmarks.memory_cap import cap_gpu_memory, lifted
     from benchmarks.meter import TrainingMeter, timed_steps
     from benchmarks.offline import ensure_lpips_backbone
     from benchmarks.turns import Turns
@@ -109,15 +115,15 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     if args.method in cpu_splatfacto.METHODS and config.machine.device_type == "cpu":
         cpu_splatfacto.let_it_run()
 
-    cuda = config.machine.device_type == "cuda"
+    cuda, cap = config.machine.device_type == "cuda", None
     if args.cap_gb is not None:
         if not cuda:
             raise RuntimeError("--cap-gb is about a GPU's memory, and this run has none")
-        cap_gpu_memory(args.cap_gb)
+        cap = cap_gpu_memory(args.cap_gb)
     progress = ProgressFile(args.progress, args.steps)
     progress.phase("setting up", 0)
     turns = None if args.turns is None else Turns(args.turns)
-    meter = TrainingMeter(args.steps, cuda, progress.step, turns)
+    meter = TrainingMeter(args.steps, cuda, progress.step, turns, cap)
     ns_train._set_random_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
@@ -125,12 +131,19 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     held_out = pipeline.datamanager.eval_dataset
     if not len(held_out):
         raise RuntimeError("the scene has no held-out image; try eval-mode=interval")
+    width, height = (int(side.min()) for side in (held_out.cameras.width, held_out.cameras.height))
     if args.perceptual:
-        cameras = held_out.cameras
-        perceptual.check(int(min(cameras.height.min(), cameras.width.min())))
+        perceptual.check(min(width, height))
+    if args.crop is not None:
+        images.check_crop(args.crop, width, height)
+    kept = KeptViews(output_dir / "views")
 
     def evaluate(steps: int) -> dict[str, Any]:
-        return {"at_step": steps, **_evaluation(pipeline, args)}
+        looked_at = args.perceptual or args.save_images is not None
+        evaluation = _evaluation(pipeline, kept if looked_at else None)
+        before = [other["psnr"] for other in course.evaluations]
+        kept.settle(steps == args.steps or evaluation["psnr"] > max(before, default=-math.inf))
+        return {"at_step": steps, **evaluation}
 
     untimed = args.steps - timed_steps(args.steps)
 
@@ -160,14 +173,19 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
             raise
         n = int(pipeline.model.num_points)
         ended = f"out of GPU memory in step {course.steps_done + 1}, with {n:,} Gaussians"
-        return {**course.best(), "course": course.evaluations, "ended": ended, **meter.peaks()}
+        peaks, best = meter.peaks(), course.best()
+        best.update(_look_at(kept, args))
+        return {**best, "course": course.evaluations, "ended": ended, **peaks}
     profiler.flush_profiler(config.logging)
     if meter.result is None:
         raise RuntimeError(f"training ended before step {args.steps}")
 
     progress.phase("evaluating", args.steps)
-    last = evaluate(args.steps)
-    trained = images.metrics_of_training_views(pipeline, TRAINING_VIEWS)
+    with lifted(cap):
+        last = evaluate(args.steps)
+        trained = images.metrics_of_training_views(pipeline, TRAINING_VIEWS)
+        culling = check_culling(pipeline)
+    last.update(_look_at(kept, args))
     return {
         **last,
         "training_psnr": fmean(view["psnr"] for view in trained),
@@ -175,27 +193,49 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
         "course": [*course.evaluations, last] if args.evaluate_every else None,
         "profile": profile.result,
         **meter.result,
-        **check_culling(pipeline),
+        **culling,
     }
 
 
-def _evaluation(pipeline: Any, args: RunArgs) -> dict[str, Any]:
-    """What the held-out views say of a training, as fields of :class:`benchmarks.results.Run`."""
+def _evaluation(pipeline: Any, kept: KeptViews | None) -> dict[str, Any]:
+    """What the held-out views say of a training, as fields of :class:`benchmarks.results.Run`.
+
+    Args:
+        pipeline: of the training.
+        kept: gets the views.
+    """
     from benchmarks import images
 
-    views = images.metrics_of_views(pipeline, args.perceptual)
-    means = {key: fmean(view[key] for view in views) for key in views[0] if key in MEASURES}
-    for key, mean in means.items():
-        if not math.isfinite(mean):
-            raise RuntimeError(f"{key} on the held-out images is {mean}")
-    if args.save_images is not None:
-        images.save_views(pipeline, args.save_images, args.name, args.images)
+    views = images.metrics_of_views(pipeline, None if kept is None else kept.add)
     return {
-        **means,
+        **_means(views),
         "psnr_of_views": [round(float(view["psnr"]), 3) for view in views],
         "held_out_images": len(views),
         "gaussians": int(pipeline.model.num_points),
     }
+
+
+def _look_at(kept: KeptViews, args: RunArgs) -> dict[str, float]:
+    """Save pictures of the views that count, and measure how they look, where asked to."""
+    import torch
+
+    from benchmarks import images, perceptual
+
+    if args.save_images is not None:
+        images.save_views(kept, args.save_images, args.name, args.images, args.crop)
+    if not args.perceptual:
+        return {}
+    pairs = ((torch.from_numpy(truth), torch.from_numpy(render)) for _, truth, render in kept)
+    return _means([perceptual.measures(*pair) for pair in pairs])
+
+
+def _means(views: list[dict[str, float]]) -> dict[str, float]:
+    """Of the measures that we report."""
+    means = {key: fmean(view[key] for view in views) for key in views[0] if key in MEASURES}
+    for key, mean in means.items():
+        if not math.isfinite(mean):
+            raise RuntimeError(f"{key} on the held-out images is {mean}")
+    return means
 
 
 def main(args: RunArgs) -> int:

@@ -59,7 +59,7 @@ class FlatModel(Model):
         return self.get_outputs(camera)
 
     def get_gt_img(self, image):
-        return image.float() / 255
+        return image.float() / 255 if image.dtype == torch.uint8 else image
 
     def composite_with_background(self, image, background):
         return image

@@ -240,6 +240,7 @@ def test_the_real_child_command_is_what_run_one_takes(colmap_scene, tmp_path):
         overrides=("a=1", "gsscale:b=x y"),
         dataparser_overrides=("eval-interval=4",),
         save_images=tmp_path,
+        crop=(1, 2, 30, 40),
     )
     files = children.Files(tmp_path / "log", tmp_path / "result", tmp_path / "progress")
     splatfacto, gsscale = (
@@ -252,7 +253,14 @@ def test_the_real_child_command_is_what_run_one_takes(colmap_scene, tmp_path):
     assert gsscale.dataparser_overrides == ("eval-interval=4",)
     assert (gsscale.result, gsscale.progress) == (files.result, files.progress)
     assert (gsscale.steps, gsscale.seed, gsscale.images) == (100, 42, 3)
-    assert gsscale.name == "park-gsscale-auto-seed42"
+    assert gsscale.name == "park-gsscale-auto-seed42" and gsscale.crop == (1, 2, 30, 40)
+
+
+@pytest.mark.parametrize("crop", [(-1, 0, 5, 5), (0, 0, 5, 0), (0, 0, 5, 5)])
+def test_a_detail_that_cannot_be(colmap_scene, tmp_path, crop):
+    folder = None if crop == (0, 0, 5, 5) else tmp_path
+    with pytest.raises(PlanError, match="--crop takes X Y W H, and --save-images"):
+        CompareArgs(colmap_scene, 100, save_images=folder, crop=crop).check()
 
 
 @pytest.mark.parametrize("name", ["compare.py", "merge.py", "report.py", "run_one.py"])

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import images, machine, meter, offline, perceptual, run_one
+from benchmarks import images, machine, memory_cap, meter, offline, perceptual, run_one
 from benchmarks import progress as progress_file
 from benchmarks.errors import BenchmarkError
 from benchmarks.host_memory import peak_host_bytes
+from benchmarks.kept import KeptViews
 from benchmarks.meter import TrainingMeter, timed_steps
 
 HERE = Path(__file__).resolve().parent
@@ -179,6 +180,68 @@ def test_meter_leaves_out_the_memory_of_pauses(monkeypatch):
     assert peaks["peak_gpu_allocated_bytes"] == 70 and peaks["peak_gpu_reserved_bytes"] == 90
 
 
+def test_the_cap_is_lifted_in_a_pause_and_put_back(monkeypatch):
+    done = []
+    cuda = SimpleNamespace(set_per_process_memory_fraction=done.append)
+    monkeypatch.setattr(memory_cap, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(meter.TrainingMeter, "_now", lambda self: 0.0)
+    training = TrainingMeter(10, cuda=False, on_step=lambda done: None, cap=0.25)
+    training.cuda = True
+    fake = SimpleNamespace(
+        reset_peak_memory_stats=lambda: done.append("peaks"),
+        max_memory_allocated=lambda: 0,
+        max_memory_reserved=lambda: 0,
+    )
+    monkeypatch.setattr(meter, "torch", SimpleNamespace(cuda=fake))
+    with pytest.raises(RuntimeError), training.paused(lambda: done.append("given back")):
+        done.append("evaluated")
+        raise RuntimeError("out of memory")
+    assert done == [1.0, "evaluated", "given back", "peaks", 0.25]
+    done.clear()
+    with TrainingMeter(10, cuda=False, on_step=lambda done: None).paused():
+        pass
+    assert not done, "there was no cap"
+
+
+def test_views_are_kept_of_the_evaluation_that_counts(tmp_path):
+    kept = KeptViews(tmp_path / "views")
+    kept.settle(True)
+    assert len(kept) == 0
+
+    def evaluate(value: float, counts: bool) -> list[tuple[int, float, float]]:
+        for index in (0, 12):
+            kept.add(index, torch.full((4, 6, 3), 0.5), torch.full((4, 6, 3), value + index))
+        kept.settle(counts)
+        return [(index, truth[0, 0, 0], render[3, 5, 2]) for index, truth, render in kept]
+
+    assert evaluate(1, True) == [(0, 0.5, 1), (12, 0.5, 13)]
+    assert evaluate(2, False) == [(0, 0.5, 1), (12, 0.5, 13)]
+    assert evaluate(3, True) == [(0, 0.5, 3), (12, 0.5, 15)]
+
+
+def test_details_are_pixels_of_the_image(tmp_path):
+    kept = KeptViews(tmp_path / "views")
+    ramp = torch.arange(40 * 50).reshape(40, 50, 1).expand(40, 50, 3) % 256 / 255
+    for index in range(4):
+        kept.add(index, ramp, 1 - ramp)
+    kept.settle(True)
+    images.save_views(kept, tmp_path / "out", "x", 2, crop=(10, 20, 30, 5))
+    names = [
+        f"x-view{i:03d}{what}" for i in (0, 2) for what in ("-detail.png", "-render.jpg", ".jpg")
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    pixels = np.asarray(Image.open(tmp_path / "out" / names[0]))
+    expected = (ramp * 255).round().numpy().astype(np.uint8)[20:25, 10:40]
+    assert (pixels == np.hstack([expected, 255 - expected])).all()
+
+
+@pytest.mark.parametrize("crop", [(-1, 0, 5, 5), (0, 0, 0, 5), (46, 0, 5, 5), (0, 36, 5, 5)])
+def test_a_detail_outside_of_the_image_is_refused(crop):
+    images.check_crop((45, 35, 5, 5), 50, 40)
+    with pytest.raises(BenchmarkError, match="50 x 40 pixels, not"):
+        images.check_crop(crop, 50, 40)
+
+
 def test_host_peak_is_the_process_own():
     """A child must not start with its parent's peak, as ``ru_maxrss`` does."""
     ballast = np.ones(400_000_000, dtype=np.uint8)
@@ -332,17 +395,27 @@ def test_compare_with_a_real_run(tmp_path):
 def test_a_run_that_is_evaluated_on_its_way_may_run_out_of_memory(tmp_path):
     """Its best evaluation counts; the images' differences are those of one colour to another."""
     pytest.importorskip("flip_evaluator")
-    on_its_way = ["--evaluate-every", "10", "--perceptual"]
-    data = compare_flat(tmp_path, "memory-ends-at=25", *on_its_way, scale=6)
+    on_its_way = ["--evaluate-every", "8", "--perceptual"]
+    pictures = ["--save-images", str(tmp_path / "views"), "--images", "1"]
+    detail = ["--crop", "200", "20", "30", "50"]
+    data = compare_flat(tmp_path, "memory-ends-at=25", *on_its_way, *pictures, *detail, scale=6)
     (run,) = data["runs"]
     assert run["ended"] == "out of GPU memory in step 26, with 7 Gaussians"
-    early, late = run["course"]
-    assert (early["at_step"], late["at_step"]) == (10, 20) and late["psnr"] > early["psnr"]
-    assert {name: run[name] for name in late} == late
-    assert 0 < late["flip"] < early["flip"] < 1 and early["ms_ssim"] < late["ms_ssim"] <= 1
+    early, best, late = run["course"]
+    assert [one["at_step"] for one in run["course"]] == [8, 16, 24]
+    # Adam overshoots.
+    assert best["psnr"] > late["psnr"] > early["psnr"]
+    assert {name: run[name] for name in best} == best
+    assert 0 < best["flip"] < 1 and 0 < best["ms_ssim"] <= 1
+    assert not {"flip", "ms_ssim"} & {*early, *late}, "measured where it does not count"
+    png = Image.open(tmp_path / "views" / "grey-flat-seed42-view000-detail.png")
+    truth, render = np.hsplit(np.asarray(png).astype(float), 2)
+    assert truth.shape == (50, 30, 3) and (truth == (100, 150, 200)).all()
+    psnr = -10 * np.log10(((truth - render) ** 2).mean() / 255**2)
+    assert psnr == pytest.approx(best["psnr"], abs=0.1), "not the view of the best evaluation"
     assert run["it_per_s_last_1000"] is None and "error" not in run
     assert run["peak_host_bytes"] > 1e8
-    assert "--evaluate-every 10 --perceptual" in data["command"]
+    assert "--evaluate-every 8 --perceptual" in data["command"]
 
 
 def test_perceptual_measures():
