@@ -174,7 +174,7 @@ def fit(split: Any, rows: int, visible: float, seed: int, sh_degree: int = 3) ->
     Raises:
         RowsError: no point cloud, or no number of tiles does it.
     """
-    base = dataclasses.replace(_base(split, rows), seed=seed, sh_degree=sh_degree)
+    base = untiled(split, rows, seed, sh_degree)
     limit, most = SHARE_TOLERANCE * visible, min(rows, MOST_TILES)
     share, tiles = math.inf, 1
     while tiles <= most:
@@ -191,8 +191,16 @@ def fit(split: Any, rows: int, visible: float, seed: int, sh_degree: int = 3) ->
     )
 
 
-def _base(split: Any, rows: int) -> FixedRows:
-    """The scene's own cloud: outliers removed, sorted, measured."""
+def untiled(split: Any, rows: int, seed: int, sh_degree: int = 3) -> FixedRows:
+    """Rows over the scene's own cloud: outliers removed, sorted, measured.
+
+    Args:
+        split: ``DataparserOutputs`` with a point cloud.
+        rows, seed, sh_degree: see :class:`FixedRows`.
+
+    Raises:
+        RowsError: no point cloud.
+    """
     xyz = split.metadata.get("points3D_xyz")
     if xyz is None or len(xyz) < 100:
         raise RowsError("rows are made from a sparse point cloud; this scene has none to speak of")
@@ -213,4 +221,5 @@ def _base(split: Any, rows: int) -> FixedRows:
     # Directions from the scene's outliers must not tilt the plane: measure the kept points again.
     axes = torch.linalg.svd(xyz - xyz.mean(dim=0), full_matrices=False).Vh[:2]
     extent = (xyz @ axes.T).amax(dim=0) - (xyz @ axes.T).amin(dim=0)
-    return FixedRows(xyz, rgb, spacing, sides=axes * extent[:, None], rows=rows)
+    sides = axes * extent[:, None]
+    return FixedRows(xyz, rgb, spacing, sides, rows, seed=seed, sh_degree=sh_degree)
