@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,28 @@ def test_whoever_is_alone_is_alone(tmp_path: Path):
             assert not (alone and meanwhile)
             together += bool(meanwhile)
     assert together > 0, "they never ran at the same time, so nothing was tested"
+
+
+def test_nobody_comes_back_before_one_who_wants_to_be_alone(tmp_path: Path):
+    """Else two who are never out of the room together would keep it from being empty."""
+    first, second, third = (Turns(tmp_path) for _ in range(3))
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            alone = pool.submit(third.alone)
+            time.sleep(0.2)  # it waits for the other two
+            back = [pool.submit(first.step_ended)]
+            time.sleep(0.2)
+            assert not back[0].done() and not alone.done()
+            back.append(pool.submit(second.step_ended))
+            alone.result(timeout=10)
+            time.sleep(0.2)
+            assert not any(one.done() for one in back)
+        finally:  # or the threads wait for ever
+            for turns in (third, first, second):
+                fcntl.flock(turns._gate, fcntl.LOCK_UN)
+                fcntl.flock(turns._room, fcntl.LOCK_UN)
+        for one in back:
+            one.result(timeout=10)
 
 
 @pytest.mark.parametrize("where", ["turns.alone()", "pass"])
