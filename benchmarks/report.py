@@ -124,7 +124,7 @@ def page(folder: Path) -> str:
     """The whole page. JSON files of a kind that it does not know are not ours."""
     files = {path: results.read(path) for path in sorted(folder.glob("*.json"))}
     comparisons = [
-        (path.name, results.load(path))
+        (path.name, results.from_data(data, str(path)))
         for path, data in files.items()
         if data.get("kind") == results.KIND
     ]

@@ -207,10 +207,19 @@ def from_json(text: str, name: str) -> Comparison:
     """The inverse of :func:`to_json`; ``name`` is for the error message."""
     try:
         data = json.loads(text)
-        if data.pop("kind", None) != KIND:
+    except ValueError as error:
+        raise ResultsError(f"{name} is no comparison file: {error}") from error
+    return from_data(data, name)
+
+
+def from_data(data: dict[str, Any], name: str) -> Comparison:
+    """What :func:`from_json` makes of a file that has been parsed."""
+    try:
+        if data.get("kind") != KIND:
             raise ResultsError(f"{name} is no comparison: its 'kind' is not {KIND!r}")
-        runs = [Run(**run) for run in data.pop("runs")]
-        return Comparison(runs=runs, **data)
+        fields = {key: value for key, value in data.items() if key != "kind"}
+        runs = [Run(**run) for run in fields.pop("runs")]
+        return Comparison(runs=runs, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ResultsError(f"{name} is no comparison file: {error}") from error
 

@@ -1,9 +1,9 @@
 """One training and its evaluation, in this process, as ``ns-train`` would do it.
 
 ``compare.py`` starts this file once for every run; alone it prints one run as a line of JSON.
-Differences to ``ns-train``: no evaluation and no checkpoint, during training or at its end, and
-random LPIPS weights where the real ones are missing (LPIPS is never reported); on a CPU splatfacto
-draws with gsscale's reference rasterizer.
+Differences to ``ns-train``: no checkpoint, evaluations only where they are asked for and not timed,
+and random LPIPS weights where the real ones are missing (LPIPS is never reported); on a CPU
+splatfacto draws with gsscale's reference rasterizer.
 """
 
 from __future__ import annotations

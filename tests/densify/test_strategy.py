@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -112,6 +113,19 @@ def test_grow_and_prune_give_gsplats_rows(step, capsys):
         f"Step {step}: {duplicated} GSs duplicated, {split} GSs split. Now having {grown} GSs.",
         f"Step {step}: {pruned} GSs pruned. Now having {grown - pruned} GSs.",
     ]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_noise_of_splits_comes_from_the_devices_generator(device, capsys):
+    """As gsplat's does: what is drawn later, backgrounds too, depends on how many were split."""
+    engine = HostEngine(random_store(), torch.device(device))
+    torch.manual_seed(1)
+    RowStrategy(**SETTINGS, verbose=True)._densify(engine, 5000)
+    after = torch.rand(3, device=device)
+    (split,) = re.findall(r"(\d+) GSs split", capsys.readouterr().out)
+    torch.manual_seed(1)
+    torch.randn(2, int(split), 3, device=device)
+    assert int(split) > 50 and torch.equal(torch.rand(3, device=device), after)
 
 
 def test_opacity_reset_is_gsplats():

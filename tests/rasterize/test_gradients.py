@@ -1,4 +1,4 @@
-"""The rasterizer's backward kernel against the reference's float64, and gsplat's own on a GPU."""
+"""The rasterizer's backward kernel against the reference's float64."""
 
 from __future__ import annotations
 
