@@ -69,6 +69,7 @@ class Engine(ABC):
         self._visible = VisibleRows(store)
         self._worker = Worker()
         self._announced: deque[_Announced] = deque()
+        self._to_fetch: _Announced | None = None
         self._link_waits = LinkWaits(self.counters)
         self._stepped: dict[str, float] = {}
         self._settled = True
@@ -325,6 +326,7 @@ class Engine(ABC):
         """Wait for the worker and drop what it has prepared, but for which rows views see."""
         self._wait_for_worker()
         self._announced.clear()
+        self._to_fetch = None
 
     def _forget_announced(self) -> None:
         """Wait for the worker and drop what it has prepared, because rows are about to change."""
@@ -341,6 +343,15 @@ class Engine(ABC):
             self._wait_for_worker()
             self._finish_step()
             return self._fetch(view, viewpoint or self._viewpoint(view))
+
+    def announce_fetch(self, view: View) -> None:
+        """Say which view :meth:`fetch` will be called with next, after the last one.
+
+        A hint, as :meth:`announce`. It has no effect once there are optimizers: rows may change
+        between two renders then.
+        """
+        if not self.optimizers:
+            self._to_fetch = _Announced(view, self._worker.submit(self._prepare_fetch, view))
 
     def visible_rows(self, view: View) -> int:
         """How many rows ``view`` may see; to be asked between steps."""
@@ -392,6 +403,10 @@ class Engine(ABC):
     @abstractmethod
     def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
         """The working set of a view, without gradients."""
+
+    @abstractmethod
+    def _prepare_fetch(self, view: View) -> Any:
+        """Whatever can be done for a view that will be fetched; called by the worker."""
 
     @abstractmethod
     def _step_rows(self, working: WorkingSet | ViewInParts, lrs: np.ndarray) -> None:

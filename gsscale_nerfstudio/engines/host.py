@@ -19,6 +19,7 @@ from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.editing import EditableEngine, summary_bytes
 from gsscale_nerfstudio.engines.lookahead import (
     ColdRows,
+    GatheredView,
     Outlook,
     PreparedView,
     Split,
@@ -201,14 +202,34 @@ class HostEngine(EditableEngine):
             self._worker.submit(self._step_rest, pending, split.only_before)
         self._outgoing.used_until(mark_current(self.device))
 
+    def _prepare_fetch(self, view: View) -> GatheredView:
+        ids = self._cull(view, self.step_count)
+        return GatheredView(ids, self._gather_all(ids))
+
     def _fetch(self, view: View, viewpoint: Viewpoint) -> WorkingSet:
-        return self._send(self._cull(view, self.step_count), viewpoint, training=False)
+        # Dropped in any case: what is sent goes the same way as what was gathered ahead.
+        ahead, self._to_fetch = self._to_fetch, None
+        if ahead is None or not ahead.view.same_as(view):
+            return self._send(self._cull(view, self.step_count), viewpoint, training=False)
+        gathered = ahead.prepared.result()
+        self._sizing.brought = len(gathered.ids)
+        return self._send_gathered(gathered.ids, gathered.rows, viewpoint, training=False)
 
     def _send(self, ids: Tensor, viewpoint: Viewpoint, training: bool) -> WorkingSet:
         """The working set of any rows, without anything done ahead; no step is pending."""
         self._sizing.brought = len(ids)
+        return self._send_gathered(ids, self._gather_all(ids), viewpoint, training)
+
+    def _gather_all(self, ids: Tensor) -> Tensor:
+        """The rows, settled, where the device reads them once it has read the last ones."""
         rows = self._outgoing.rows(len(ids))
         self._gather(ids, rows, None, self.history.tables)
+        return rows
+
+    def _send_gathered(
+        self, ids: Tensor, rows: Tensor, viewpoint: Viewpoint, training: bool
+    ) -> WorkingSet:
+        """The working set of what :meth:`_gather_all` has given."""
         layout = self.store.layout
         attributes = empty_attributes(layout, len(ids), viewpoint, training)
         unpack(rows, layout, attributes, viewpoint)
@@ -237,7 +258,14 @@ class HostEngine(EditableEngine):
             return [window for window, _ in self._windows(view)]
 
     def _windows(self, view: View) -> list[tuple[View, Tensor]]:
-        return windows_of(view, lambda part: self._cull(part, self.step_count), self._sizing.fits)
+        return windows_of(view, self._rows_in, self._sizing.fits)
+
+    def _rows_in(self, window: View) -> Tensor:
+        """Ids of the rows that a window, or a whole view, may see."""
+        ahead = self._to_fetch
+        if ahead is not None and ahead.view.same_as(window):
+            return ahead.prepared.result().ids
+        return self._cull(window, self.step_count)
 
     def _in_parts(self, view: View, ids: Tensor) -> ViewInParts:
         self._count(len(ids), len(ids), 4 * len(ids) * self.store.layout.width)

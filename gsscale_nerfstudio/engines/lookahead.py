@@ -1,4 +1,4 @@
-"""What the host engine knows of the next view while the present one is being trained."""
+"""What the host engine knows of the next view while the device is at the present one."""
 
 from __future__ import annotations
 
@@ -75,6 +75,19 @@ class PreparedView:
     view: View
     ids: Tensor
     cold: ColdRows | None = None
+
+
+@dataclass(frozen=True)
+class GatheredView:
+    """What was done ahead for a view that is only to be shown.
+
+    Attributes:
+        ids: [n] int32, its rows.
+        rows: [n, width] float32 in page-locked memory, settled.
+    """
+
+    ids: Tensor
+    rows: Tensor
 
 
 class SplitLists:
