@@ -16,6 +16,7 @@ from nerfstudio.data.datamanagers.full_images_datamanager import (
     FullImageDatamanagerConfig,
 )
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -271,6 +272,20 @@ class GSScaleDatamanager(FullImageDatamanager):
     def fixed_indices_eval_dataloader(self) -> EvalImages:  # type: ignore[override]
         """All held-out cameras and images, on the device one after the other."""
         return EvalImages(self.eval_dataset.cameras, self.cached_eval, torch.device(self.device))
+
+    @property
+    def eval_dataloader(self) -> FixedIndicesEvalDataloader:
+        """Held-out cameras and images, read anew: ``ns-render spiral`` begins at the first.
+
+        Raises:
+            GSScaleError: there are none.
+        """
+        if len(self.eval_dataset) == 0:
+            raise GSScaleError(
+                "ns-render spiral begins at the first held-out image, and none is held out; use "
+                "ns-render interpolate --pose-source train, or a camera path"
+            )
+        return FixedIndicesEvalDataloader(self.eval_dataset, device=self.device)
 
 
 class Uploads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -114,6 +114,9 @@ class GSScaleModel(SplatfactoModel):
         self.upcoming: list[Cameras] = []
         """Cameras that will be trained next, as far as known: [1] each, on the CPU. Set it before
         each training step."""
+        self.path: Iterator[Cameras] = iter(())
+        """Cameras that will be rendered after the next one, as far as known: [1] each. A render
+        takes one, and has it prepared meanwhile."""
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
         self._penalties_in_parts: Tensor | None = None
@@ -225,7 +228,8 @@ class GSScaleModel(SplatfactoModel):
             return {}
         if self.training:  # the trainer knows what to do when memory runs out
             return self._outputs(camera)
-        return self._with_room(lambda: self._outputs(camera))
+        following = next(self.path, None)
+        return self._with_room(lambda: self._outputs(camera, following))
 
     def _with_room(self, render: Callable[[], T]) -> T:
         """The result of ``render()``, which only reads, with less in GPU memory if that runs out.
@@ -239,8 +243,8 @@ class GSScaleModel(SplatfactoModel):
 
         return retried(render, make_room)
 
-    def _outputs(self, camera: Cameras) -> dict[str, Any]:
-        """See :meth:`get_outputs`."""
+    def _outputs(self, camera: Cameras, following: Cameras | None = None) -> dict[str, Any]:
+        """See :meth:`get_outputs`; outside of training ``following`` may be rendered next."""
         if self.training:
             view, viewmat = self._training_view(camera)
             self.last_size = (view.height, view.width)
@@ -250,7 +254,7 @@ class GSScaleModel(SplatfactoModel):
         else:
             view = View.from_camera(camera)
             self.last_size = (view.height, view.width)
-            rendering = self._draw_to_show(view)
+            rendering = self._draw_to_show(view, following)
 
         background = self._get_background_color()
         rgb = torch.clamp(rendering.rgb + (1 - rendering.alpha) * background, 0.0, 1.0)
@@ -290,7 +294,7 @@ class GSScaleModel(SplatfactoModel):
             )
         return rendering
 
-    def _draw_to_show(self, view: View) -> Rendering | Picture:
+    def _draw_to_show(self, view: View, following: Cameras | None) -> Rendering | Picture:
         viewmat = view.on(self.device).viewmat
 
         shown = 0
@@ -299,6 +303,8 @@ class GSScaleModel(SplatfactoModel):
             nonlocal shown
             working = self.engine.fetch(part, self._viewpoint(part, viewmat))
             shown += len(working)
+            if part is view and following is not None:  # after a view in parts comes another one
+                self.engine.announce_fetch(View.from_camera(following))
             return self.draw(working, part, viewmat)
 
         windows = self.engine.windows(view)

@@ -19,6 +19,7 @@ from gsscale_nerfstudio.optim import DeferredAdam
 from gsscale_nerfstudio.out_of_memory import no_room_left, retried
 from gsscale_nerfstudio.pipeline import GSScalePipeline
 from gsscale_nerfstudio.random_state import random_state, restore_random_state
+from gsscale_nerfstudio.render_command import adapt_ns_render
 from gsscale_nerfstudio.undo import Undo
 
 RESUME = "gsscale"
@@ -35,10 +36,11 @@ class GSScaleTrainerConfig(TrainerConfig):
         """Folder of this run's checkpoints.
 
         ``ns-eval`` and its siblings ask for it and then load the newest file there, come what may.
-        This is the last moment to steer them past a damaged one.
+        This is the last moment to steer them past a damaged one, and to adapt them to such runs.
         """
         folder = super().get_checkpoint_dir()
         leave_moments_on_disk(GSScaleTrainerConfig)
+        adapt_ns_render()
         # A resumed run's file of settings names the step of another run that it began with.
         step = self.load_step
         if step is None or not checkpoint.path_of(folder, step).exists():
