@@ -13,6 +13,7 @@ from nerfstudio.engine.callbacks import (
     TrainingCallbackAttributes,
     TrainingCallbackLocation,
 )
+from nerfstudio.model_components import renderers
 from nerfstudio.model_components.lib_bilagrid import (
     BilateralGrid,
     color_correct,
@@ -314,6 +315,13 @@ class GSScaleModel(SplatfactoModel):
             picture = draw_windows(windows, (view.width, view.height), draw)
         self.shown_rows = shown
         return picture
+
+    def _get_background_color(self) -> Tensor:
+        # What ns-render asks of a crop box, and splatfacto does not hear.
+        asked = renderers.BACKGROUND_COLOR_OVERRIDE
+        if asked is not None and not self.training:
+            return asked.to(self.device)
+        return super()._get_background_color()
 
     def draw_part(
         self, part: Part, viewmat: Tensor, training: bool
