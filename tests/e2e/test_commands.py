@@ -111,6 +111,85 @@ def test_eval_beats_the_mean_colour(run, tmp_path):
     assert 0.3 < results["ssim"] <= 1
 
 
+@pytest.fixture
+def frames_of(run, tmp_path, monkeypatch):
+    """Renders with ``ns-render``; frames [H, W, 3] in 0..1, by the names of their files."""
+    ffmpeg = tmp_path / "bin" / "ffmpeg"
+    ffmpeg.parent.mkdir()
+    ffmpeg.touch(mode=0o755)  # which ns-render insists on for images, too
+    monkeypatch.setenv("PATH", str(ffmpeg.parent), prepend=os.pathsep)
+
+    def render(kind: str, *args: object) -> dict[str, np.ndarray]:
+        output = tmp_path / kind
+        command("ns-render", kind, "--load-config", run[0], "--output-path", output,
+                "--image-format", "png", *args)  # fmt: skip
+        files = sorted(output.rglob("*.png"))
+        return {str(f.relative_to(output)): np.asarray(Image.open(f)) / 255 for f in files}
+
+    return render
+
+
+def shows_a_scene(frame: np.ndarray) -> bool:
+    """Whether there is as much to see as in the demo's images, and not one colour."""
+    return bool(frame.std(axis=(0, 1)).min() > 0.05)
+
+
+@pytest.mark.parametrize(
+    "kind, args, size",
+    [
+        ("interpolate", ("--interpolation-steps", 3, "--downscale-factor", 2), (24, 32)),
+        ("spiral", ("--seconds", 1, "--frame-rate", 6), (48, 64)),
+    ],
+)
+def test_render_a_path(frames_of, kind, args, size):
+    frames = frames_of(kind, "--output-format", "images", *args)
+    assert list(frames) == [f"{i:05d}.png" for i in range(6)]
+    assert {frame.shape for frame in frames.values()} == {(*size, 3)}
+    assert all(shows_a_scene(frame) for frame in frames.values())
+    assert len({frame.tobytes() for frame in frames.values()}) == 5  # one comes twice
+
+
+def test_render_a_camera_path_with_a_crop_and_its_background(run, frames_of, tmp_path):
+    """The path as Nerfstudio's viewer saves it."""
+    background = {"r": 255, "g": 0, "b": 102}
+    # Axes right, up, back; from above the ground, towards the middle.
+    poses = [
+        [[0, -0.6, 0.8, 1.2], [1, 0, 0, x], [0, 0.8, 0.6, -0.1], [0, 0, 0, 1]] for x in (0, 0.2)
+    ]
+    path = {
+        "render_height": 40, "render_width": 56, "seconds": 1, "camera_type": "perspective",
+        "camera_path": [{"camera_to_world": np.ravel(p).tolist(), "fov": 60} for p in poses],
+        "crop": {"crop_bg_color": background, "crop_center": [0, 0, -1], "crop_scale": [0.7] * 3,
+                 "crop_rot": [0.0, 0.0, 0.3]},
+    }  # fmt: skip
+    found = []
+    for crop in (path["crop"], None):
+        file = tmp_path / "path.json"
+        file.write_text(json.dumps({**path, "crop": crop}))
+        frames = frames_of("camera-path", "--camera-path-filename", file,
+                           "--output-format", "images")  # fmt: skip
+        assert list(frames) == ["00000.png", "00001.png"]
+        found.append(np.stack(list(frames.values())))
+    cropped, whole = found
+    color = np.divide(list(background.values()), 255)
+    assert cropped.shape == whole.shape == (2, 40, 56, 3)
+    assert all(map(shows_a_scene, [*cropped, *whole]))
+    is_background = [(frames == color).all(-1) for frames in (cropped, whole)]
+    assert 0.1 < is_background[0].mean() < 0.9
+    assert not is_background[1].any()
+
+
+def test_render_the_held_out_images(frames_of):
+    frames = frames_of("dataset", "--split", "test", "--rendered-output-names", "rgb", "gt-rgb")
+    of = {
+        kind: [f for name, f in frames.items() if f"/{kind}/" in name] for kind in ("rgb", "gt-rgb")
+    }
+    assert len(of["rgb"]) == len(of["gt-rgb"]) == 3
+    assert {frame.shape for frame in frames.values()} == {(48, 64, 3)}
+    for frame, truth in zip(of["rgb"], of["gt-rgb"], strict=True):
+        assert np.square(frame - truth).mean() < 0.6 * np.square(truth - truth.mean((0, 1))).mean()
+
+
 @pytest.mark.parametrize("mode", ["sh_coeffs", "rgb"])
 def test_export_writes_the_trained_gaussians(run, tmp_path, mode):
     command("ns-export", "gaussian-splat", "--load-config", run[0], "--output-dir", tmp_path,
