@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -32,31 +34,51 @@ def with_spare(size: int) -> int:
     return size + size // 4
 
 
-# Files with a cgroup's limit and use of memory: version 2, then version 1.
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def memory_limit() -> int:
-    """Bytes of physical memory this process may use: the machine's, or its cgroup's if smaller."""
-    limits = [_number(limit) for limit, _ in _CGROUPS]
-    return min([psutil.virtual_memory().total, *(x for x in limits if x is not None)])
+    """Bytes of physical memory this process may use: the machine's, or the smallest of a cgroup
+    that it is in."""
+    return min([psutil.virtual_memory().total, *(group.limit for group in _limited_groups())])
 
 
 def available_memory() -> int:
     """Bytes of physical memory that can still be taken without swapping or being killed."""
-    available = psutil.virtual_memory().available
-    for limit_file, used_file in _CGROUPS:
-        limit, used = _number(limit_file), _number(used_file)
+    rooms = (group.limit - group.used + _reclaimable(group.folder) for group in _limited_groups())
+    return min([psutil.virtual_memory().available, *rooms])
+
+
+@dataclass(frozen=True)
+class _LimitedGroup:
+    """A cgroup that limits memory; in bytes. What counts as used includes files in the cache."""
+
+    folder: Path
+    limit: int
+    used: int
+
+
+def _limited_groups() -> Iterator[_LimitedGroup]:
+    files = [(folder, "memory.max", "memory.current") for folder in _own_folders()]
+    version_1 = _CGROUPS / "memory"
+    files.append((version_1, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    for folder, *names in files:
+        limit, used = (_number(folder / name) for name in names)
         if limit is not None and used is not None:
-            # What counts as used includes files in the cache, which give way.
-            available = min(available, limit - used + _reclaimable(Path(used_file).parent))
-    return available
+            yield _LimitedGroup(folder, limit, used)
+
+
+def _own_folders() -> list[Path]:
+    """Of the cgroup (version 2) of this process and all that are around it: each limits it."""
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    # Seen from a container it may be outside, as "/..", or a folder of the host that is not here.
+    inside = Path(own) if ".." not in Path(own).parts else Path()
+    return [_CGROUPS / part for part in (inside, *inside.parents)]
 
 
 def _reclaimable(group: Path) -> int:
@@ -69,10 +91,10 @@ def _reclaimable(group: Path) -> int:
     return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
-def _number(file: str) -> int | None:
+def _number(file: Path) -> int | None:
     """The whole number that a file holds; None if it is missing or says "max"."""
     try:
-        text = Path(file).read_text().strip()
+        text = file.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None
