@@ -18,6 +18,7 @@
 
 #include "buffers.h"
 #include "ids.h"
+#include "permute.h"
 
 namespace gsscale {
 
@@ -162,21 +163,19 @@ class SlotTable {
         require(n == n_rows_ && all_below(n, order, nullptr, n), "order must be of all rows");
         nb::gil_scoped_release release;
         end_protection();
-        std::unique_ptr<Residence[], Free> table((Residence *)std::malloc(n * sizeof(Residence)));
-        if (n > 0 && !table) throw std::bad_alloc();
         std::vector<Block> blocks(blocks_of(n));
         const int threads = threads_for_ids(n);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t b = 0; b < (int64_t)blocks.size(); ++b) {
             Block &block = blocks[b];
             for (int64_t row = b * kBlock; row < std::min(n, (b + 1) * kBlock); ++row) {
-                table[row] = table_[order[row]];
-                block.residents += table[row].slot_plus_1 > 0;
-                block.used = std::max(block.used, table[row].view);
+                const Residence &its = table_[order[row]];
+                block.residents += its.slot_plus_1 > 0;
+                block.used = std::max(block.used, its.view);
                 block.ahead |= block_of(order[row]).ahead;
             }
         }
-        table_ = std::move(table);
+        permute_in_place(table_.get(), sizeof(Residence), order, n);
         blocks_ = std::move(blocks);
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,8 @@ def morton_order(rows: Tensor, column: int, n: int) -> Tensor:
     """Permutation that sorts the first ``n`` rows along a Morton curve of three columns.
 
     The curve's box spans the 1st to the 99th percentile of the coordinates, so that a few far
-    outliers do not coarsen it; rows outside are clamped to its faces.
+    outliers do not coarsen it; rows outside are clamped to its faces. Extra memory: the result, and
+    less than 2 MB a thread, but 16 bytes for each of the rows that are in one and the same cell.
 
     Args:
         rows: [capacity, width] float32.
@@ -31,6 +31,6 @@ def morton_order(rows: Tensor, column: int, n: int) -> Tensor:
     # The middle 98 % fill the middle half of the curve; the rest has the outer half to spread in.
     half = (box[1] - box[0]).clamp_min(1e-12)
     box = torch.stack([box[0] - 0.5 * half, box[1] + 0.5 * half])
-    codes = np.empty(n, dtype=np.int64)
-    _C.morton_codes(rows.numpy(), column, n, box.float().numpy(), codes)
-    return torch.sort(torch.from_numpy(codes), stable=True).indices.int()
+    order = torch.empty(n, dtype=torch.int32)
+    _C.morton_order(rows.numpy(), column, box.float().numpy(), order.numpy())
+    return order
