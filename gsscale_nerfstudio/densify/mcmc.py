@@ -9,7 +9,6 @@ import torch
 from gsplat.strategy import MCMCStrategy
 from torch import Tensor
 
-from gsscale_nerfstudio.densify.chunks import chunks
 from gsscale_nerfstudio.densify.relocation import share_out
 from gsscale_nerfstudio.densify.room import RowRoom
 from gsscale_nerfstudio.densify.sampling import draw_rows
@@ -17,6 +16,7 @@ from gsscale_nerfstudio.densify.strategy import SORT_FROM
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.optim import MeanNoise
 from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.store.chunks import chunks
 from gsscale_nerfstudio.store.edit import RowEdit, RowSummary
 
 _GROWTH = 1.05

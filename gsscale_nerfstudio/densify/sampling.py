@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gsscale_nerfstudio.densify.chunks import chunks
+from gsscale_nerfstudio.store.chunks import chunks
 
 
 def draw_rows(weights: Callable[[slice], Tensor], n: int, count: int) -> Tensor:

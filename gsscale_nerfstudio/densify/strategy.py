@@ -9,12 +9,12 @@ from gsplat.strategy import DefaultStrategy
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from gsscale_nerfstudio.densify.chunks import chunks
 from gsscale_nerfstudio.densify.room import RowRoom
 from gsscale_nerfstudio.densify.split import SHRINK
 from gsscale_nerfstudio.densify.split import split as split_rows
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.store.chunks import chunks
 from gsscale_nerfstudio.store.edit import RowEdit, RowSummary
 
 SORT_FROM = 0.25

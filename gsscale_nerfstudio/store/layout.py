@@ -29,9 +29,9 @@ class RowLayout:
     Attributes (means 3, log-scales 3, quaternion wxyz 4, opacity logit 1, SH dc 3, SH rest
     ``3 ((d+1)^2 - 1)``) come first, then the bookkeeping columns: ``stamp`` (the optimizer step up
     to which the row is current, a whole number, exact in float32 up to 2^24), and gsplat's
-    densification statistics ``grad2d``, ``count``, ``max_radius``, and ``key``, which tells rows
-    at the same place apart (noise does not move them alike). The width is rounded up to 16 floats:
-    64 for SH degree 3.
+    densification statistics ``grad2d``, ``count``, ``max_radius``, and ``key`` (:mod:`.keys`),
+    whose bits tell rows at the same place apart (noise does not move them alike). The width is
+    rounded up to 16 floats: 64 for SH degree 3.
 
     Args:
         sh_degree: maximum degree of the spherical harmonics, 0 to 4.

@@ -13,12 +13,12 @@ import torch
 from gsplat.strategy import MCMCStrategy
 from torch import Tensor
 
-from gsscale_nerfstudio.densify import RowMCMCStrategy, chunks, mcmc
+from gsscale_nerfstudio.densify import RowMCMCStrategy, mcmc
 from gsscale_nerfstudio.densify.relocation import share_out
 from gsscale_nerfstudio.densify.sampling import draw_rows
 from gsscale_nerfstudio.optim import MeanNoise
 from gsscale_nerfstudio.regularization import term_names
-from gsscale_nerfstudio.store import GROUPS, HostStore, host
+from gsscale_nerfstudio.store import GROUPS, HostStore, chunks, host
 from tests.densify.test_strategy import LAYOUT, as_gsplat, engine_of, random_store
 from tests.model.test_bad_input import ends_with_a_sentence
 from tests.model.test_parts import trained

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from gsscale_nerfstudio.engines import ResidentEngine
+from gsscale_nerfstudio.engines import ResidentEngine, Viewpoint
+from gsscale_nerfstudio.engines.cache import RowCache
+from gsscale_nerfstudio.engines.streams import mark_current
+from gsscale_nerfstudio.engines.working_set import working_set
+from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import GROUPS, RowLayout
+from gsscale_nerfstudio.store.keys import keys_of
 from tests.engines.driving import (
     DEVICES,
+    LR,
     copies,
     dense,
     drive,
@@ -63,6 +70,25 @@ def test_rows_are_rounded_on_the_device_as_on_the_host(device):
     strays = 1e-3 if device == "cuda" else 0.0
     check_rounded(narrow.exp_avg[of].flatten(), wide.exp_avg[of].flatten(), strays)
     check_rounded(narrow.exp_avg_sq[of].flatten(), wide.exp_avg_sq[of].flatten(), strays)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_rows_with_ids_beyond_2_to_the_24_are_rounded_each_in_its_own_way(device):
+    layout, n, place = RowLayout(3, NARROW), 100, torch.device(device)
+    engine = make_engine(random_rows(n, layout), layout, device, n)
+    store = engine.store
+    store.params[:n] = store.params[0].clone()
+    store.exp_avg[:n, : layout.optimized] = 0.01
+    store.exp_avg_sq[:n, : layout.optimized] = 1e-4
+    store.bookkeeping("key")[:] = keys_of(torch.arange(20_000_000, 20_000_000 + n))
+    cache, ids = RowCache(store, place, n), torch.arange(n, dtype=torch.int32)
+    slots = cache.admit(ids, 1, 1, None).slots
+    tables, viewpoint = DeviceTables(engine.history, place), Viewpoint(torch.ones(3).to(place), 3)
+    attributes = cache.gather(slots, tables, viewpoint, training=True)
+    working = working_set(ids, attributes, layout, viewpoint, training=True)
+    cache.step(slots, working, tables, np.array([LR[name] for name in GROUPS]))
+    cache.write_back(mark_current(place))
+    assert len(store.exp_avg_sq[:n].view(torch.int16).unique(dim=0)) == n
 
 
 def test_a_cache_that_grows_keeps_them():

@@ -11,10 +11,12 @@ import torch
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.engines import Viewpoint
 from gsscale_nerfstudio.engines.cache import RowCache
+from gsscale_nerfstudio.engines.streams import mark_current
 from gsscale_nerfstudio.engines.working_set import working_set
 from gsscale_nerfstudio.optim import AdamHistory, MeanNoise
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.store.keys import keys_of
 from tests.engines.driving import DEVICES, LR, make_engine, make_optimizers, random_rows
 from tests.engines.driving import ring_of_views as views_around
 from tests.optim.test_noise import assert_distributed
@@ -64,9 +66,11 @@ def viewpoint_on(device: str) -> Viewpoint:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cached", [1.0, 0.5])
-def test_gathered_rows_are_the_hosts(device, cached):
+@pytest.mark.parametrize("first_id", [0, 20_000_000])
+def test_gathered_rows_are_the_hosts(device, cached, first_id):
     """Rows in the cache, and rows that are read from the host store."""
     history, store = history_of(300), faint_store(300)
+    store.bookkeeping("key")[:] = keys_of(torch.arange(first_id, first_id + N))
     cache, slots = admitted(store, device)
     slots = torch.where(torch.arange(N, device=device) < cached * N, slots, -1).int()
     rows = torch.arange(N, dtype=torch.int32, device=device)
@@ -88,6 +92,26 @@ def test_gathered_rows_are_the_hosts(device, cached):
         torch.testing.assert_close(
             leaves[name].cpu().flatten(1), expected[:, LAYOUT.columns[name]], rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_rows_with_ids_beyond_2_to_the_24_part(device):
+    """Gathered, stepped, and brought back with the keys that they came with."""
+    history, store = history_of(3), faint_store(3)
+    store.params[:N] = store.params[0].clone()
+    store.column("opacities")[:] = -6.0
+    keys = keys_of(torch.arange(20_000_000, 20_000_000 + N))
+    store.bookkeeping("key")[:] = keys
+    cache, slots = admitted(store, device)
+    tables = DeviceTables(history, torch.device(device))
+    attributes = cache.gather(slots, tables, viewpoint_on(device), training=True)
+    assert len(attributes["means"][:, 0].unique()) > 0.99 * N  # some round to one float
+    ids = torch.arange(N, dtype=torch.int32)
+    working = working_set(ids, attributes, LAYOUT, viewpoint_on(device), training=True)
+    cache.step(slots, working, tables, lrs_at(3))
+    cache.write_back(mark_current(torch.device(device)))
+    assert len(store.column("means")[:, 0].unique()) > 0.99 * N
+    assert torch.equal(store.bookkeeping("key"), keys)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.optim.history import AdamHistory
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.store.keys import keys_of
 
 NARROW = torch.bfloat16
 LR = 0.01
@@ -125,6 +126,18 @@ def test_it_does_not_matter_where_a_row_is():
     step(moved, history_of(layout), grads[order].contiguous())
     for name in ("params", "exp_avg", "exp_avg_sq"):
         assert torch.equal(getattr(store, name)[:50][order], getattr(moved, name)[:50]), name
+
+
+@pytest.mark.parametrize("first", [0, 20_000_000, 2**28 - 99])
+def test_equal_rows_are_rounded_each_in_its_own_way(first):
+    """Whatever their ids; a hundred of them, and 60 columns of 8 bits, do not agree by chance."""
+    layout = RowLayout(3, NARROW)
+    store, history = filled(layout, 100), history_of(layout)
+    for array in (store.params, store.exp_avg, store.exp_avg_sq):
+        array[:100] = array[0].clone()
+    store.bookkeeping("key")[:] = keys_of(torch.arange(first, first + 100))
+    step(store, history, gradients(layout, 1, 1).repeat(100, 1))
+    assert len(store.exp_avg_sq[:100].view(torch.int16).unique(dim=0)) == 100
 
 
 def test_the_mean_square_goes_where_gradients_are():

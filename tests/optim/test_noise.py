@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio import _C
+from gsscale_nerfstudio.store.keys import keys_of
 from tests.isa import run_with_isa
 from tests.optim import noisy_rows
 from tests.optim.noisy_rows import (
@@ -127,6 +128,16 @@ def test_keys_tell_rows_at_one_place_apart():
     history.advance(lr_at(0))
     x = gathered(store, history)[:, 0].tolist()
     assert x[0] == x[2] and len({x[0], x[1], x[3]}) == 3
+
+
+@pytest.mark.parametrize("first", [0, 20_000_000, 2**28 - 9])
+def test_copies_of_one_row_go_ways_of_their_own_however_many_rows_there_are(first):
+    store, history = store_of(10), history_of(NOISE)
+    store.bookkeeping("key")[:] = keys_of(torch.arange(first, first + 10))
+    history.advance(lr_at(0))
+    assert len(gathered(store, history)[:, 0].unique()) == 10
+    stepped(store, history, np.arange(10, dtype=np.int32), lr_at(1))
+    assert len(store.column("means")[:, 0].unique()) == 10
 
 
 def test_opaque_rows_stay():

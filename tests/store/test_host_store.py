@@ -13,6 +13,7 @@ from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, host, layout
 from gsscale_nerfstudio.store.edit import RowEdit
+from gsscale_nerfstudio.store.keys import keys_of
 from gsscale_nerfstudio.store.memory import ReservedArray, bits_of
 from gsscale_nerfstudio.store.order import morton_order
 
@@ -230,6 +231,58 @@ def test_morton_order_brings_neighbours_together():
     step = torch.nanmean((points[1:] - points[:-1]).norm(dim=1).clamp_max(10))
     before = torch.nanmean((rows[1:, 2:5] - rows[:-1, 2:5]).norm(dim=1).clamp_max(10))
     assert step < before / 8
+
+
+def morton_codes(points: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Bit by bit, of points [n, 3] in a box [2, 3]."""
+    share = (points - box[0]) / (box[1] - box[0])
+    cells = np.clip(share * np.float32(1 << 21), 0, (1 << 21) - 1).astype(np.int64)
+    codes = np.zeros(len(points), np.int64)
+    for bit in range(21):
+        for axis in range(3):
+            codes |= (cells[:, axis] >> bit & 1) << (3 * bit + axis)
+    return codes
+
+
+@pytest.mark.parametrize("n, places", [(0, 1), (1, 1), (3, 3), (150_000, 150_000), (150_000, 9)])
+def test_morton_order_is_a_stable_sort(n, places):
+    """Also where many rows are at one place: then the lower one comes first."""
+    rows = torch.randn(max(places, 1), 16)[torch.randint(places, (max(n, 1),))].contiguous()
+    box = np.array([[-1.5, -2, -3], [1.5, 1, 1]], dtype=np.float32)
+    order = torch.empty(n, dtype=torch.int32)
+    _C.morton_order(rows.numpy(), 2, box, order.numpy())
+    codes = morton_codes(rows[:n, 2:5].numpy(), box)
+    assert order.tolist() == np.argsort(codes, kind="stable").tolist()
+
+
+KEYS = torch.tensor([0, 1, 2**24, 2**24 + 1, 20_000_001, 130_000_007, 2**28 - 1, 2**28])
+
+
+def test_keys_are_ordinary_numbers_that_differ():
+    keys = keys_of(KEYS)
+    assert keys.dtype == torch.float32 and len(keys.unique()) == len(KEYS)
+    assert (keys[1:] >= 1).all() and keys.isfinite().all()
+    assert keys[:3].tolist() == KEYS[:3].tolist()
+    for by in (20_000_000, 2**28 - 999):
+        ids = torch.arange(by, by + 1000)
+        assert len(keys_of(ids).unique()) == len(keys_of(ids.int()).unique()) == 1000
+
+
+def test_rows_beyond_2_to_the_24_have_keys_of_their_own(monkeypatch):
+    """Rows that are never written take no memory."""
+    monkeypatch.setattr(host, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(host, "memory_limit", lambda: 1 << 50)
+    n = 20_000_000
+    store = HostStore(LAYOUT, max_rows=n + 100)
+    store.resize(n)
+    store.append(rows_of(10), stamp=0)
+    assert len(store.bookkeeping("key")[n:].unique()) == 10
+    rewritten, parents = torch.arange(n + 2, n + 6), torch.zeros(5, dtype=torch.int64)
+    values, added = torch.zeros(4, LAYOUT.width), torch.zeros(5, LAYOUT.width)
+    removed = torch.tensor([n + 8])
+    store.apply(RowEdit(rewritten, values, added, parents, removed), stamp=3)
+    assert len(store) == n + 14
+    assert len(store.bookkeeping("key")[n:].unique()) == 14
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 4096, 4097, 30_000])
