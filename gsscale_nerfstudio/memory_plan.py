@@ -113,7 +113,7 @@ class MemoryPlan:
 
     Attributes:
         capacity: rows up to which the scene can grow.
-        beside_row: bytes of staging that come with each row.
+        beside_row: bytes of staging and lists that come with each row.
         host, gpu: what lives there; no GPU, no plan for it.
         advice: a sentence for each thing that is tight.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from gsscale_nerfstudio.densify.relocation import share_out
 from gsscale_nerfstudio.densify.room import RowRoom
 from gsscale_nerfstudio.densify.sampling import draw_rows
-from gsscale_nerfstudio.densify.strategy import SORT_FROM
+from gsscale_nerfstudio.densify.strategy import EDIT_ROWS, SORT_FROM
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.optim import MeanNoise
 from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.chunks import chunks
-from gsscale_nerfstudio.store.edit import RowEdit, RowSummary
+from gsscale_nerfstudio.store.edit import RowEdit, RowSummary, with_removed
 
 _GROWTH = 1.05
 """By so much a refinement grows the scene."""
@@ -144,10 +145,17 @@ class RowMCMCStrategy(MCMCStrategy):
         """
         layout = engine.store.layout
         sources, times = torch.unique_consecutive(sampled, return_counts=True)
-        rows = engine.settled_rows(sources)
-        share_out(rows, times + 1, layout, self.min_opacity)
-        copies = rows.repeat_interleave(times, dim=0)
-        opacities = copies[:, layout.columns["opacities"]][:, 0]
-        logits[sources] = rows[:, layout.columns["opacities"]][:, 0]
-        engine.apply(RowEdit(sources, rows, copies, sampled, removed, keeps_moments))
-        return opacities
+        nobody, opacities = torch.empty(0, dtype=torch.int64), [torch.empty(0)]
+
+        def edits() -> Iterator[RowEdit]:
+            for part in chunks(len(sources), EDIT_ROWS):
+                rows = engine.settled_rows(sources[part])
+                share_out(rows, times[part] + 1, layout, self.min_opacity)
+                copies = rows.repeat_interleave(times[part], dim=0)
+                opacities.append(copies[:, layout.columns["opacities"]][:, 0].clone())
+                logits[sources[part]] = rows[:, layout.columns["opacities"]][:, 0]
+                parents = sources[part].repeat_interleave(times[part])
+                yield RowEdit(sources[part], rows, copies, parents, nobody, keeps_moments)
+
+        engine.apply(with_removed(edits(), removed, layout.width))
+        return torch.cat(opacities)

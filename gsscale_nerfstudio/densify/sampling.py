@@ -13,8 +13,8 @@ from gsscale_nerfstudio.store.chunks import chunks
 def draw_rows(weights: Callable[[slice], Tensor], n: int, count: int) -> Tensor:
     """Draw ``count`` of ``n`` rows, with replacement, in proportion to their weights.
 
-    ``torch.multinomial`` ends at 2^24 rows. This one needs no more memory than the result and a
-    chunk of weights.
+    ``torch.multinomial`` ends at 2^24 rows. This one needs no more memory than twice the result and
+    a chunk of weights.
 
     Args:
         weights: gives those of a range of rows, [m] float32, not negative; NaN counts as 0.
@@ -30,7 +30,8 @@ def draw_rows(weights: Callable[[slice], Tensor], n: int, count: int) -> Tensor:
     ends = torch.stack(sums).cumsum(0)
     if not ends[-1] > 0:
         return torch.empty(0, dtype=torch.int64)
-    draws = torch.rand(count, dtype=torch.float64).mul_(ends[-1]).sort().values
+    draws = torch.rand(count, dtype=torch.float64).mul_(ends[-1])
+    draws.numpy().sort()  # in place
     found, start = torch.empty(count, dtype=torch.int64), torch.zeros((), dtype=torch.float64)
     first = 0
     for rows, end in zip(chunks(n), ends, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +16,13 @@ from gsscale_nerfstudio.densify.split import split as split_rows
 from gsscale_nerfstudio.engines.editing import EditableEngine
 from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.chunks import chunks
-from gsscale_nerfstudio.store.edit import RowEdit, RowSummary
+from gsscale_nerfstudio.store.edit import RowEdit, RowSummary, with_removed
 
 SORT_FROM = 0.25
 """Share of rows out of Morton order from which sorting pays."""
+
+EDIT_ROWS = 1 << 16
+"""Rows that are changed together: up to five times that many are in memory, 80 MB."""
 
 
 @dataclass
@@ -27,7 +31,8 @@ class RowStrategy(DefaultStrategy):
 
     The statistics are columns of the rows; the engine adds a view's share when it steps them.
     Decisions are made from four numbers a row, and only rows that change are touched: new ones fill
-    the holes of removed ones. Beside those numbers, masks of one byte per row are allocated.
+    the holes of removed ones. Beside those numbers it takes masks of one byte a row, eight bytes
+    for each row that changes (:data:`.PASSING_BYTES` have room for both), and some rows at a time.
     """
 
     _room: RowRoom = field(default_factory=RowRoom)
@@ -46,30 +51,36 @@ class RowStrategy(DefaultStrategy):
             engine.limit_opacities(torch.logit(torch.tensor(self.prune_opa * 2.0)).item())
 
     def _densify(self, engine: EditableEngine, step: int) -> None:
+        # What led to the decision is gone before rows are edited, and all of it before the sort.
+        changes = self._decide(engine, step)
+        grown = len(engine.store) + changes.duplicated + changes.split
+        edits = _edits(engine, changes)
+        engine.apply(with_removed(edits, changes.removed, engine.store.layout.width))
+        del changes, edits
+        self._tell(step, f"{grown - len(engine.store)} GSs pruned.", len(engine.store))
+        if engine.store.unsorted_share > SORT_FROM:
+            engine.sort()
+
+    def _decide(self, engine: EditableEngine, step: int) -> _Changes:
         store = engine.store
-        n = len(store)
         summary = engine.summarize()
         duplicates, splits = self.grow_masks(summary, step)
         self._fit(store, summary, duplicates, splits)
         gone, children_gone = self.prune_masks(summary, step)
         duplicated, split = int(duplicates.sum()), int(splits.sum())
-        self._tell(step, f"{duplicated} GSs duplicated, {split} GSs split.", n + duplicated + split)
-
+        grown = len(store) + duplicated + split
+        self._tell(step, f"{duplicated} GSs duplicated, {split} GSs split.", grown)
         # gsplat adds rows, then prunes them; what would be pruned at once is not added here.
-        copied = torch.nonzero(duplicates & ~gone).flatten()
         survives = ~children_gone[splits]
-        parents = torch.nonzero(splits).flatten()[survives]
-        removed = torch.nonzero(torch.where(splits, children_gone, gone)).flatten()
-        noise = _split_noise(split, engine.device)[:, survives]
-        sources = torch.cat([copied, parents])
-        rows = engine.settled_rows(sources)
-        first, second = split_rows(rows[len(copied) :], noise, store.layout)
-        rows = torch.cat([rows[: len(copied)], second])
-        engine.apply(RowEdit(parents, first, rows, sources, removed))
-        pruned = n + duplicated + split - len(store)
-        self._tell(step, f"{pruned} GSs pruned.", len(store))
-        if store.unsorted_share > SORT_FROM:
-            engine.sort()
+        removed = torch.where(splits, children_gone, gone)
+        return _Changes(
+            duplicated,
+            split,
+            copied=_places(duplicates & ~gone),
+            parents=_places(splits & ~children_gone),
+            survives=survives,
+            removed=_places(removed),
+        )
 
     def _tell(self, step: int, what: str, n: int) -> None:
         if self.verbose:
@@ -138,17 +149,57 @@ class RowStrategy(DefaultStrategy):
         splits[candidates[weakest]] = False
 
 
-def _split_noise(n: int, device: torch.device) -> Tensor:
-    """Standard normal numbers [2, n, 3], on the CPU, from the generator of ``device``.
+@dataclass(frozen=True)
+class _Changes:
+    """What a refinement does to the rows.
+
+    Attributes:
+        duplicated, split: how many rows gsplat would duplicate and split, before it prunes.
+        copied: [c] int64, ascending: rows that get a copy.
+        parents: [p] int64, ascending: rows in whose place come two.
+        survives: [split] bool: which of the rows to be split are parents; others are removed.
+        removed: [d] int64, ascending.
+    """
+
+    duplicated: int
+    split: int
+    copied: Tensor
+    parents: Tensor
+    survives: Tensor
+    removed: Tensor
+
+
+def _places(mask: Tensor) -> Tensor:
+    return torch.nonzero(mask).flatten()
+
+
+def _edits(engine: EditableEngine, changes: _Changes) -> Iterator[RowEdit]:
+    """New rows, copies first and then second children, in pieces that memory hardly notices."""
+    layout = engine.store.layout
+    nobody, no_rows = torch.empty(0, dtype=torch.int64), torch.empty(0, layout.width)
+    for part in chunks(len(changes.copied), EDIT_ROWS):
+        sources = changes.copied[part]
+        yield RowEdit(nobody, no_rows, engine.settled_rows(sources), sources, nobody)
+    parents = changes.parents
+    for noise in _split_noise(changes.survives, engine.device):
+        for part in chunks(noise.shape[1], EDIT_ROWS):
+            sources = parents[part]
+            rows = engine.settled_rows(sources)
+            first, second = split_rows(rows, noise[:, part], layout)
+            yield RowEdit(sources, first, second, sources, nobody)
+        parents = parents[noise.shape[1] :]
+
+
+def _split_noise(survives: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Standard normal numbers [2, k, 3] for parents, on the CPU, from the generator of ``device``.
 
     splatfacto draws from that one, too: later backgrounds then depend on how many rows were split,
-    and trainings with one seed are as far apart as splatfacto's are.
+    and trainings with one seed are as far apart as splatfacto's are. Like splatfacto it draws for
+    all rows that are split, also for those whose children will not be.
     """
-    noise = torch.empty(2, n, 3)
-    for rows in chunks(n):  # the GPU has no room to spare for all of them
-        part = noise[:, rows]
-        part.copy_(torch.randn(part.shape, device=device))
-    return noise
+    for rows in chunks(len(survives)):  # the GPU has no room to spare for all of them
+        drawn = torch.randn(2, rows.stop - rows.start, 3, device=device)
+        yield drawn.cpu()[:, survives[rows]]
 
 
 def pause_after_reset(num_images: int, refine_every: int, reset_every: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.engines.base import Engine
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.store.edit import Placement, RowEdit, RowSummary
+from gsscale_nerfstudio.store.host import PASSING_BYTES
 from gsscale_nerfstudio.store.layout import GROUPS
 from gsscale_nerfstudio.store.memory import with_spare
 
 
 def summary_bytes(rows: int) -> int:
-    """Host memory that the summary of all rows takes, and the culler's list of ids."""
-    return rows * with_spare(4 * 4 + 4)
+    """Host memory that the summary of all rows takes, the culler's list of ids, and decisions."""
+    return rows * (with_spare(4 * 4 + 4) + PASSING_BYTES)
 
 
 class EditableEngine(Engine):
@@ -51,15 +53,21 @@ class EditableEngine(Engine):
         )
         return rows
 
-    def apply(self, edit: RowEdit) -> None:
-        """Rewrite, add and remove rows."""
+    def apply(self, edits: Iterable[RowEdit]) -> None:
+        """Rewrite, add and remove rows.
+
+        Args:
+            edits: at least one. Each is done before the next is asked for, so that what it was made
+                of need not be in memory any longer.
+        """
         self.rest()
-        placement = self.store.apply(edit, stamp=self.step_count)
         if len(self.optimizers) == len(GROUPS):
             self.history.rebound(self.learning_rates)
-        self._edited(edit, placement)
-        written = torch.cat([placement.now(edit.rewritten), placement.added]).int()
-        _C.refresh_spheres_of(self.store.kernel_rows, self.history.tables, written.numpy())
+        for edit in edits:
+            placement = self.store.apply(edit, stamp=self.step_count)
+            self._edited(edit, placement)
+            written = torch.cat([placement.now(edit.rewritten), placement.added]).int()
+            _C.refresh_spheres_of(self.store.kernel_rows, self.history.tables, written.numpy())
         self.culler.refresh(len(self.store))
 
     def sort(self) -> None:

@@ -104,8 +104,9 @@ class ResidentEngine(HostEngine):
 
     @classmethod
     def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
-        # With a cache: spheres of three steps, slots and moves of three views.
-        return view_rows * with_spare(3 * 16 + 3 * 16) + summary_bytes(rows)
+        # With a cache: spheres of three steps, slots and moves of three views, and the slot table,
+        # eight bytes for each row and twelve for each block of 64.
+        return view_rows * with_spare(3 * 16 + 3 * 16) + rows * 9 + summary_bytes(rows)
 
     # -- before the step -------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +51,25 @@ class RowEdit:
     parents: Tensor
     removed: Tensor
     keeps_moments: bool = False
+
+
+def with_removed(edits: Iterable[RowEdit], removed: Tensor, width: int) -> Iterator[RowEdit]:
+    """One large edit, in pieces: rows go where they would all at once.
+
+    New rows take the places of removed ones, in order. What is left of these goes last, so that no
+    row moves before.
+
+    Args:
+        edits: the pieces, in the order of their new rows, without removed rows.
+        removed: [d] int64, ascending; none of them is rewritten.
+        width: of a row.
+    """
+    for edit in edits:
+        filled = len(edit.added)
+        yield replace(edit, removed=removed[:filled])
+        removed = removed[filled:]
+    nobody, no_rows = torch.empty(0, dtype=torch.int64), torch.empty(0, width)
+    yield RowEdit(nobody, no_rows, no_rows, nobody, removed)
 
 
 @dataclass(frozen=True)

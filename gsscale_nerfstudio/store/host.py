@@ -29,6 +29,9 @@ from gsscale_nerfstudio.store.order import morton_order
 UNBOUNDED_ROWS = 1 << 28
 """Address space taken when the user names no capacity; physical memory is the limit then."""
 
+PASSING_BYTES = 16
+"""For each row, now and then: masks and lists of a refinement, and later the order of the sort."""
+
 
 def headroom(limit: int | None = None) -> int:
     """Bytes of host memory that rows leave to the rest of the process and the machine.
@@ -186,11 +189,13 @@ class HostStore:
     def room(self) -> int:
         """How many rows can be added now: by capacity, and by the memory that is free at present.
 
-        Left alone are memory for a checkpoint's copy of all rows, for :attr:`claims`, and
-        :func:`headroom`. Rows that were removed leave their memory to new ones.
+        Left alone are memory for a checkpoint's copy of all rows, :data:`PASSING_BYTES` for each of
+        them, :attr:`claims`, and :func:`headroom`. Rows that were removed leave their memory to new
+        ones.
         """
         snapshot = self.layout.snapshot_bytes
-        free = available_memory() - headroom() - self.claims() - self._n * snapshot
+        free = available_memory() - headroom() - self.claims()
+        free -= self._n * (snapshot + PASSING_BYTES)
         if self._arrays[0].pinned_rows:
             free -= locked_ahead(self.layout, self._held)
         held, beside = self._held - self._n, snapshot + self.beside_row
@@ -266,8 +271,8 @@ class HostStore:
     def apply(self, edit: RowEdit, stamp: int) -> Placement:
         """Rewrite, add and remove rows; written ones are current for step ``stamp``.
 
-        Nothing of the store's size is allocated. Bounding spheres move with their rows; those of
-        written rows are the caller's to compute.
+        Beside the edit it takes lists of ids, of rows that go, are new or move. Bounding spheres
+        move with their rows; those of written rows are the caller's to compute.
         """
         for values in (edit.values, edit.added):
             values[:, self.layout.optimized :] = 0

@@ -11,9 +11,15 @@ from gsplat.strategy import DefaultStrategy
 from gsplat.strategy.ops import reset_opa
 
 from benchmarks.cpu_splatfacto import PER_AXIS
-from gsscale_nerfstudio.densify import RowStrategy, pause_after_reset
+from gsscale_nerfstudio.densify import (
+    RowMCMCStrategy,
+    RowStrategy,
+    mcmc,
+    pause_after_reset,
+    strategy,
+)
 from gsscale_nerfstudio.engines import HostEngine
-from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, host
+from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, chunks, host
 from gsscale_nerfstudio.store.edit import RowSummary
 
 LAYOUT = RowLayout(1)
@@ -126,6 +132,30 @@ def test_noise_of_splits_comes_from_the_devices_generator(device, capsys):
     torch.manual_seed(1)
     torch.randn(2, int(split), 3, device=device)
     assert int(split) > 50 and torch.equal(torch.rand(3, device=device), after)
+
+
+@pytest.mark.parametrize("prune", [0.05, 0.9])
+@pytest.mark.parametrize("kind", ["default", "mcmc"])
+def test_an_edit_in_pieces_is_the_edit(kind, prune, monkeypatch):
+    """The same rows at the same places, with fewer rows than before and with more."""
+    monkeypatch.setattr(chunks, "_CHUNK", 1000)  # of the noise, too: it ends within a piece
+    ends = []
+    for rows in (1 << 16, 37):
+        for module in (strategy, mcmc):
+            monkeypatch.setattr(module, "EDIT_ROWS", rows)
+        torch.manual_seed(3)
+        store = random_store()
+        store.column("opacities")[:] = torch.rand(len(store), 1).sub(prune).mul(100).clamp(-7, 7)
+        if kind == "default":
+            ours = RowStrategy(**SETTINGS, refine_start_iter=0, verbose=False)
+        else:
+            ours = RowMCMCStrategy(cap_max=10_000, refine_start_iter=0, noise_lr=0.0, verbose=False)
+        ours.refine(engine_of(store), 600)
+        n = len(store)
+        arrays = store.params, store.exp_avg, store.exp_avg_sq, store.spheres
+        ends.append([*(array[:n].clone() for array in arrays), torch.rand(4)])
+    assert len(ends[0][0]) != 4000
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
 def test_opacity_reset_is_gsplats():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -216,9 +217,14 @@ def test_rows_stay_resident_while_others_are_edited(device):
     )
     written = []
 
-    def apply(edit: RowEdit, apply=engine.apply) -> None:
-        written.append(len(edit.values) + len(edit.added))
-        apply(edit)
+    def apply(edits: Iterable[RowEdit], apply=engine.apply) -> None:
+        def counted() -> Iterator[RowEdit]:
+            for edit in edits:
+                written[-1] += len(edit.values) + len(edit.added)
+                yield edit
+
+        written.append(0)
+        apply(counted())
 
     engine.apply = apply
     drive(engine, 36, after_step=lambda step: strategy.refine(engine, step))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from gsscale_nerfstudio import checkpoint, streamed
 from gsscale_nerfstudio.errors import GSScaleError
 from tests.runs import differences
+from tests.store.work_on_rows import most_beside
 
 
 def state() -> dict[str, Any]:
@@ -70,23 +70,6 @@ def test_saving_takes_no_copy(tmp_path):
     rows = torch.ones(2_000_000, 16)
     path: Path = tmp_path / "state"
     streamed.save({"warm": rows[:10, :3]}, path)
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.0005):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    streamed.save({"column": rows[:, :10]}, path)
-    done.set()
-    watcher.join()
+    beside = most_beside(lambda: streamed.save({"column": rows[:, :10]}, path))
     assert path.stat().st_size > 80_000_000
-    assert 0 < peak < before + 20_000_000
-
-
-def anonymous_bytes() -> int:
-    """What is in use at present, of memory that no file stands behind."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+    assert beside < 20_000_000

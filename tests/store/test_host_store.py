@@ -311,7 +311,7 @@ def test_room_leaves_memory_for_a_copy_of_all_rows_and_for_others(monkeypatch):
     monkeypatch.setattr(host, "available_memory", lambda: free)
     copy = 4 * (3 * LAYOUT.optimized + 3)
     store.claims, store.beside_row = (lambda: 5_000_000), 30.0
-    others = host.headroom() + 5_000_000
+    others = host.headroom() + 5_000_000 + 1000 * host.PASSING_BYTES
     free = others + 3000 * copy + 2000 * (store.row_bytes + 30)
     assert store.room() == 2000
     free -= copy + store.row_bytes
@@ -329,9 +329,10 @@ def test_room_without_a_copy(monkeypatch):
     store = HostStore(LAYOUT, max_rows=20_000)
     store.append(rows_of(1000), stamp=0)
     monkeypatch.setattr(host, "available_memory", lambda: free)
-    free = host.headroom() + 2000 * store.row_bytes
+    free = host.headroom() + 1000 * host.PASSING_BYTES + 2000 * store.row_bytes
     assert store.room() == 2000
     store.resize(400)
+    free -= 600 * host.PASSING_BYTES
     assert store.room() == 2600
     free = 0
     assert store.room() == 0
@@ -344,9 +345,10 @@ def test_removed_rows_leave_their_memory_to_new_ones(monkeypatch):
     store.resize(400)
     monkeypatch.setattr(host, "available_memory", lambda: free)
     copy = 4 * (3 * LAYOUT.optimized + 3)
-    free = host.headroom() + 900 * copy
+    others = host.headroom() + 400 * host.PASSING_BYTES
+    free = others + 900 * copy
     assert store.room() == 500  # enough for the copy only
-    free = host.headroom() + 1100 * copy + 100 * store.row_bytes
+    free = others + 1100 * copy + 100 * store.row_bytes
     assert store.room() == 700
 
 

@@ -1,0 +1,26 @@
+"""Work on all rows takes no second copy of them: what docs/how-it-works.md states is kept to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.isa import run_with_isa
+from tests.store import work_on_rows
+
+PAGE = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text()
+STATED = {
+    what: int(most) for what, most in re.findall(r"^\| .+ \| `(\w+)` \| (\d+) \|$", PAGE, re.M)
+}
+
+
+def test_all_of_it_is_on_the_page():
+    assert STATED.keys() == work_on_rows.WORK.keys()
+
+
+@pytest.mark.parametrize("what", work_on_rows.WORK)
+def test_memory_beside_the_rows(what):
+    (beside,) = map(float, run_with_isa([work_on_rows.__file__, what], "avx512"))
+    assert beside < STATED[what]
