@@ -91,6 +91,22 @@ def test_equal_rows_with_ids_beyond_2_to_the_24_are_rounded_each_in_its_own_way(
     assert len(store.exp_avg_sq[:n].view(torch.int16).unique(dim=0)) == n
 
 
+@pytest.mark.parametrize("slots", [None, 1000])
+def test_moments_of_32_bits_without_noise_do_not_ask_for_keys(slots):
+    layout, ends = RowLayout(1), []
+    for keys in (torch.zeros(1000), keys_of(torch.arange(20_000_000, 20_001_000))):
+        engine = make_engine(random_rows(1000, layout), layout, "cpu", slots)
+        engine.store.bookkeeping("key")[:] = keys
+        drive(engine, 6)
+        engine.settle()
+        store = engine.store
+        assert torch.equal(store.bookkeeping("key"), keys)
+        store.bookkeeping("key").zero_()
+        arrays = store.params, store.exp_avg, store.exp_avg_sq, store.spheres
+        ends.append([array[:1000].clone() for array in arrays])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
 def test_a_cache_that_grows_keeps_them():
     layout = RowLayout(1, NARROW)
     engine = make_engine(random_rows(ROWS, layout), layout, "cpu", int(1.5 * largest_view(layout)))

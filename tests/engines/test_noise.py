@@ -98,7 +98,8 @@ def test_gathered_rows_are_the_hosts(device, cached, first_id):
 def test_equal_rows_with_ids_beyond_2_to_the_24_part(device):
     """Gathered, stepped, and brought back with the keys that they came with."""
     history, store = history_of(3), faint_store(3)
-    store.params[:N] = store.params[0].clone()
+    for array in (store.params, store.exp_avg, store.exp_avg_sq):
+        array[:N] = array[0].clone()
     store.column("opacities")[:] = -6.0
     keys = keys_of(torch.arange(20_000_000, 20_000_000 + N))
     store.bookkeeping("key")[:] = keys
