@@ -48,6 +48,7 @@ def child_command(args: CompareArgs) -> Command:
         if args.dataparser_overrides:
             words += ["--dataparser-overrides", *args.dataparser_overrides]
         words += ["--cap-gb", str(args.cap_gb)] if args.cap_gb is not None else []
+        words += ["--cuda-gb", str(args.cuda_gb)] if args.cuda_gb is not None else []
         words += ["--evaluate-every", str(args.evaluate_every)] if args.evaluate_every else []
         words += ["--perceptual"] if args.perceptual else []
         words += ["--profile-steps", str(args.profile_steps)] if args.profile_steps else []

@@ -10,15 +10,17 @@ import torch
 from benchmarks.errors import BenchmarkError
 
 
-def cap_gpu_memory(gigabytes: float) -> float:
+def cap_gpu_memory(gigabytes: float, cuda_gigabytes: float | None = None) -> float:
     """Let this process have so much GPU memory in all, as on a card of that size.
 
-    What is taken already, CUDA's context among it, counts: call it first of all, on a GPU that
-    nobody else uses. torch then raises out of memory where the card would have. What CUDA's
-    libraries take later, outside of torch, is not seen.
+    What is taken already, CUDA's context among it, counts: call it first of all. torch then raises
+    out of memory where the card would have. What CUDA's libraries take later, outside of torch, is
+    not seen.
 
     Args:
         gigabytes: 10^9 bytes.
+        cuda_gigabytes: what CUDA takes of them, where others are on the GPU, too. None to take what
+            is in use for it, on a GPU that nobody else uses.
 
     Returns:
         The share of the GPU's memory that torch may have.
@@ -27,7 +29,7 @@ def cap_gpu_memory(gigabytes: float) -> float:
         BenchmarkError: that is not even enough for what is taken.
     """
     free, total = torch.cuda.mem_get_info()
-    taken = total - free
+    taken = total - free if cuda_gigabytes is None else cuda_gigabytes * 1e9
     left = gigabytes * 1e9 - taken
     if left <= 0:
         raise BenchmarkError(

@@ -81,6 +81,9 @@ class CompareArgs:
     truth | render."""
     cap_gb: float | None = None
     """GPU memory that each run may have in all, as on a card of this size; gsscale is told, too."""
+    cuda_gb: float | None = None
+    """What CUDA takes of --cap-gb before a run allocates anything: it can't be seen where runs
+    share the GPU."""
     evaluate_every: int = 0
     """Steps between evaluations on the way, 0 for none; their time and GPU memory do not count. A
     run that runs out of memory is recorded with its best one."""
@@ -100,8 +103,13 @@ class CompareArgs:
             raise PlanError("--steps and --parallel must be at least 1")
         if min(self.images, self.profile_steps, self.evaluate_every) < 0:
             raise PlanError("--images, --profile-steps and --evaluate-every must be at least 0")
-        if self.cap_gb is not None and (self.cap_gb <= 0 or self.shared_turns is not None):
-            raise PlanError("--cap-gb takes gigabytes, and runs that have the GPU for themselves")
+        if self.cap_gb is not None and self.cap_gb <= 0:
+            raise PlanError("--cap-gb takes gigabytes")
+        if (self.cap_gb is None or self.shared_turns is None) != (self.cuda_gb is None):
+            raise PlanError(
+                "--cuda-gb goes with --cap-gb where runs share the GPU, and only there: 0.6 on an "
+                "H200, or what nvidia-smi shows when a process has only begun"
+            )
         if self.crop is not None and (
             self.save_images is None or min(self.crop[:2]) < 0 or min(self.crop[2:]) < 1
         ):
@@ -163,6 +171,7 @@ class CompareArgs:
         if self.parallel > 1:
             words += ["--parallel", str(self.parallel)]
         words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
+        words += ["--cuda-gb", str(self.cuda_gb)] if self.cuda_gb is not None else []
         words += ["--evaluate-every", str(self.evaluate_every)] if self.evaluate_every else []
         words += ["--perceptual"] if self.perceptual else []
         words += ["--profile-steps", str(self.profile_steps)] if self.profile_steps else []

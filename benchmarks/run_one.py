@@ -70,6 +70,8 @@ class RunArgs:
     """Steps to profile, before those that are timed."""
     cap_gb: float | None = None
     """GPU memory that the run may have in all."""
+    cuda_gb: float | None = None
+    """What CUDA takes of it; unset if nobody else is on the GPU."""
     evaluate_every: int = 0
     """Steps between evaluations on the way; 0 for none."""
     perceptual: bool = False
@@ -119,7 +121,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
     if args.cap_gb is not None:
         if not cuda:
             raise RuntimeError("--cap-gb is about a GPU's memory, and this run has none")
-        cap = cap_gpu_memory(args.cap_gb)
+        cap = cap_gpu_memory(args.cap_gb, args.cuda_gb)
     progress = ProgressFile(args.progress, args.steps)
     progress.phase("setting up", 0)
     turns = None if args.turns is None else Turns(args.turns)

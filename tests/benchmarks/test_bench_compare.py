@@ -199,8 +199,11 @@ def test_runs_that_share_a_gpu_are_told(tmp_path):
     for fields, folder in (({"parallel": 2}, "logs/turns"), ({"turns": tmp_path / "x"}, "x")):
         told = words(**fields)
         assert told[told.index("--turns") + 1] == str(tmp_path / folder)
-    with pytest.raises(PlanError, match="themselves"):
-        CompareArgs(tmp_path, steps=10, cap_gb=8, turns=tmp_path).check()
+    told = words(cap_gb=8, cuda_gb=0.6, turns=tmp_path)
+    assert told[-4:] == ["--cap-gb", "8", "--cuda-gb", "0.6"]
+    for fields in ({"cap_gb": 8, "turns": tmp_path}, {"cap_gb": 8, "cuda_gb": 0.6}):
+        with pytest.raises(PlanError, match="--cuda-gb goes with --cap-gb where runs share"):
+            CompareArgs(tmp_path, steps=10, **fields).check()
 
 
 def test_timeout(bench):

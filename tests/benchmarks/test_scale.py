@@ -127,7 +127,8 @@ def test_the_cap_counts_what_is_taken_already(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (99e9, 100e9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     cap_gpu_memory(8)
-    assert shares == [pytest.approx(0.07)]
+    cap_gpu_memory(8, cuda_gigabytes=0.5)  # where others have taken the rest
+    assert shares == [pytest.approx(0.07), pytest.approx(0.075)]
     with pytest.raises(BenchmarkError, match=r"1\.00 GB of the GPU are taken"):
         cap_gpu_memory(0.9)
 
