@@ -23,6 +23,7 @@ class FittedCache:
         store: the rows.
         device: where the cache is.
         sizing: how large it may be.
+        told: the user knows of it.
 
     Attributes:
         cache: None if there is no room for a view in it.
@@ -30,12 +31,14 @@ class FittedCache:
         outdated: rows were added or removed since it was fitted.
     """
 
-    def __init__(self, store: HostStore, device: torch.device, sizing: CacheSizing) -> None:
+    def __init__(
+        self, store: HostStore, device: torch.device, sizing: CacheSizing, told: bool = False
+    ) -> None:
         self._store, self._device, self._sizing = store, device, sizing
         self.cache: RowCache | None = None
         self.views_ahead = 1
         self.outdated = False
-        self._told = False
+        self._told = told
 
     @property
     def partial(self) -> bool:

@@ -40,6 +40,10 @@ it is 45 %, with 16 it is 44 %."""
 _RARELY = 100
 """Steps within which memory may run out once before the cache is made smaller."""
 
+_SHORT_PAUSE, _LONG_PAUSE = 8, 1024
+"""Steps without a cache after a view that no cache could hold. Emptying and filling a cache costs
+about as much as two steps, so it has to serve for some."""
+
 if TYPE_CHECKING:  # see FittedCache
     from gsscale_nerfstudio.engines.cache import Admission, RowCache
 
@@ -59,7 +63,7 @@ class ResidentEngine(HostEngine):
 
     A row crosses the link when it enters the cache, while the view before it is rendered, and when
     it has to leave; rows of consecutive views stay. Without a cache (before training, on a CPU, or
-    when the budget cannot hold a view) it is the host engine.
+    when the budget cannot hold a view, and for some steps after that) it is the host engine.
 
     Args:
         store: the rows.
@@ -75,6 +79,7 @@ class ResidentEngine(HostEngine):
         self._fitted: FittedCache | None = None  # it is the host engine
         self._blocked = False  # an announced view was not admitted
         self._gave_up = False  # the cache, for want of memory
+        self._back_at: int | None = None  # the step from which on there is to be one again
         super().__init__(store, device, budget)
 
     def _start_training(self) -> None:
@@ -89,14 +94,21 @@ class ResidentEngine(HostEngine):
         self._sizing: CacheSizing = CacheSizing(
             self.budget, self.device, self.store.layout, self.auto
         )
-        self._fitted = FittedCache(self.store, self.device, self._sizing)
+        self._pause = _SHORT_PAUSE
+        self._paused = False  # it was, and the user knows
+        self._warned = False
+        self._ran_out_at = -_RARELY  # the step before which memory ran out, the last time
+        self._start_caching()
+
+    def _start_caching(self) -> None:
+        """Be the resident engine from the next view on."""
         self._returns = SphereReturns(self.store.capacity, self.device)
         self._tables = DeviceTables(self.history, self.device)
         self._prepared_views = 0
         self._current: _Prepared | None = None
         self._rows_done: Mark = None
-        self._warned = False
-        self._ran_out_at = -_RARELY  # the step before which memory ran out, the last time
+        self._gave_up, self._back_at, self._caching_since = False, None, self.step_count
+        self._fitted = FittedCache(self.store, self.device, self._sizing, self._paused)
 
     @property
     def _cache(self) -> RowCache | None:
@@ -110,6 +122,15 @@ class ResidentEngine(HostEngine):
 
     # -- before the step -------------------------------------------------------------------------
 
+    def begin(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet | ViewInParts:
+        if self._back_at is not None and self.step_count >= self._back_at:
+            with uninterrupted():
+                self._let_go()
+                self.rest()  # rows may still be stepped on the CPU
+                self._sizing.forget_views()
+                self._start_caching()
+        return super().begin(view, viewpoint)
+
     def _look_ahead(self) -> Outlook | None:
         return super()._look_ahead() if self._fitted is None else None
 
@@ -119,7 +140,9 @@ class ResidentEngine(HostEngine):
         if self._fitted.outdated and not ahead:
             self._fitted.fit(self._rows_done)
             if self._sizing.host_is_faster(self.counters) and self._fitted.partial:
-                self._stop_caching("the link is too slow for the Gaussians that have to cross it")
+                self._stop_caching(
+                    "the link is too slow for the Gaussians that have to cross it; from here on"
+                )
                 self._gave_up = False
                 return super()._prepare(view, step, ahead)
         ids = self._rows_of(view, step, ahead)
@@ -197,10 +220,7 @@ class ResidentEngine(HostEngine):
         if prepared.admission is None:
             prepared = self._admit_late(prepared, self._fitted)
             if prepared.admission is None:
-                self._stop_caching(
-                    f"the GPU memory budget cannot hold a view of {len(prepared.ids):,} Gaussians "
-                    "and their optimizer state"
-                )
+                self._pause_caching(len(prepared.ids))
                 return super()._bring(PreparedView(prepared.view, prepared.ids), viewpoint)
         self._current = prepared
         admission = prepared.admission
@@ -248,16 +268,33 @@ class ResidentEngine(HostEngine):
             self._warned = True
             CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {message}")
 
+    def _pause_caching(self, rows: int) -> None:
+        """Go on as the host engine for some steps, because a view has so many rows.
+
+        The longer, the more often there are such views.
+        """
+        often = self.step_count < self._caching_since + 2 * self._pause
+        self._pause = min(2 * self._pause, _LONG_PAUSE) if often else _SHORT_PAUSE
+        told, self._paused = self._paused, True
+        self._stop_caching(
+            ""
+            if told
+            else f"the GPU memory budget cannot hold a view of {rows:,} Gaussians and their "
+            "optimizer state; for such views, and for some steps after each,"
+        )
+        self._back_at = self.step_count + self._pause
+
     def _stop_caching(self, reason: str) -> None:
-        """Go on as the host engine."""
+        """Go on as the host engine, and say why, if there is a reason."""
         assert self._fitted is not None
         self._take_spheres(wait_for_all=True)
         self._fitted.remove(self._rows_done)
         self._fitted, self._gave_up = None, True
-        CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] {reason}; from here on Adam runs on the CPU "
-            "(engine host). Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
-        )
+        if reason:
+            CONSOLE.print(
+                f"[bold yellow]gsscale:[/bold yellow] {reason} Adam runs on the CPU (engine host). "
+                "Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
+            )
 
     # -- when memory runs out --------------------------------------------------------------------
 
@@ -282,7 +319,8 @@ class ResidentEngine(HostEngine):
             if self._cache is None:
                 self._stop_caching(
                     f"GPU memory ran out after step {self.step_count} ({escape(said)}) beside a "
-                    f"cache of {had:,} Gaussians, which is as small as the views allow"
+                    f"cache of {had:,} Gaussians, which is as small as the views allow; from here "
+                    "on"
                 )
             else:
                 self._tell(
@@ -307,7 +345,6 @@ class ResidentEngine(HostEngine):
             self._fitted.outdated = True
         elif self._gave_up:
             # It may be enough now. If it is not, the next view says so, as before.
-            self._gave_up = False
             self.rest()  # rows may still be stepped on the CPU
             self._start_training()
         super()._go_by(budget)
@@ -357,6 +394,11 @@ class ResidentEngine(HostEngine):
             self._visible.known_step = step
 
     # -- the host store --------------------------------------------------------------------------
+
+    def resume_state(self) -> dict[str, Any]:
+        if self._back_at is not None:  # a resumed run begins with a cache, too
+            self._back_at, self._pause = self.step_count, _SHORT_PAUSE
+        return super().resume_state()
 
     def _settle(self) -> None:
         if self._cache is not None:
@@ -421,5 +463,5 @@ class ResidentEngine(HostEngine):
 
     def move_to(self, device: torch.device) -> None:
         self.settle()
-        self._fitted = None
+        self._fitted = self._back_at = None
         super().move_to(device)

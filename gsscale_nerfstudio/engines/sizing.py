@@ -143,6 +143,11 @@ class CacheSizing(ViewSizing):
 
         self._largest_since = max(self._largest_since, (rows, pixels), key=needs)
 
+    def forget_views(self) -> None:
+        """Go by the views from now on: an earlier one was too large for any cache."""
+        self.largest = self.view_rows = self.view_pixels = 0
+        self._largest_since = (0, 0)
+
     def has_room_for(self, rows: int, pixels: int) -> bool:
         """Whether a view is no larger than the cache was made to leave room for."""
         return rows <= self.view_rows and pixels <= self.view_pixels

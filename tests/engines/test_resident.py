@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ from gsscale_nerfstudio.store import HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import RowEdit
 from tests.engines.driving import (
     DEVICES,
+    SIZE,
+    around,
     copies,
     dense,
     drive,
@@ -515,3 +518,39 @@ def test_a_render_is_whole_or_not_at_all(cache_rows, after):
         engine.settle()
     errors = largest_errors(engines[1].store, copies(engines[0].store))
     assert max(errors.values()) < 1e-5, errors
+
+
+def overview() -> View:
+    """From where all rows are seen."""
+    viewmat = np.eye(4)
+    viewmat[2, 3] = 12.0
+    return View(viewmat, around(0).K, *SIZE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("every", "cached"), [(40, 0.7), (7, 0.0)])
+def test_a_cache_that_an_overview_ended_comes_back(device, monkeypatch, capsys, every, cached):
+    """After some steps; after more of them where there are many such views."""
+    layout = RowLayout(1)
+    largest = largest_view(layout)
+    engine = make_engine(random_rows(ROWS, layout), layout, device, 2 * largest)
+    monkeypatch.setattr(ViewSizing, "fits", lambda sizing, rows, view: True)
+    before = copies(engine.store)
+    had: list[bool] = []
+    steps = 160
+
+    def view_at(step: int) -> View:
+        return overview() if step % every == every - 1 else around(step)
+
+    seen = drive(
+        engine, steps, after_step=lambda _: had.append(bool(engine.cached)), view_at=view_at
+    )
+    assert max(len(view.ids) for view in seen) > 2 * largest
+    engine.settle()
+    errors = largest_errors(engine.store, dense(before, seen, steps))
+    assert max(errors.values()) < 1e-5, errors
+    assert had[0] and not any(had[every - 1 :: every])
+    share = sum(had[every:]) / len(had[every:])
+    assert cached < share < cached + 0.3
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("cannot hold a view") == told.count("GPU has room for") == 1
