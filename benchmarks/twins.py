@@ -27,8 +27,8 @@ from rich.console import Console
 
 from benchmarks import cli
 from benchmarks import overrides as settings
-from benchmarks.big_training import close_writers
 from benchmarks.cli import show
+from benchmarks.made_up import close_writers
 from benchmarks.plan import PlanError
 from benchmarks.tables import TextTable
 
