@@ -28,6 +28,13 @@ _FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",  # WebGL without one
 ]  # fmt: skip
+_CODE = """
+import sys
+from importlib.metadata import entry_points
+name = sys.argv[0] = sys.argv.pop(1)
+sys.exit(entry_points(group="console_scripts")[name].load()())
+"""
+"""A console script, also of packages that were installed without theirs."""
 _LOCAL_ONLY = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 """The page's logo is on the web; waiting for it would be waiting for nothing."""
 
@@ -41,8 +48,9 @@ def _free_port() -> int:
 class Server:
     """A running console script that serves the viewer."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process, self.url, self._log = process, url, log
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.port, self._log = process, port, log
+        self.url = f"http://127.0.0.1:{port}/"
 
     @property
     def output(self) -> str:
@@ -65,7 +73,9 @@ class Server:
 
 
 @contextmanager
-def serving(log: Path, name: str, *before: object, after: tuple[object, ...] = ()) -> Iterator:
+def serving(
+    log: Path, name: str, *before: object, after: tuple[object, ...] = (), device: str = "cpu"
+) -> Iterator[Server]:
     """Run the console script ``name``, with the viewer's flags between other arguments.
 
     Args:
@@ -73,6 +83,7 @@ def serving(log: Path, name: str, *before: object, after: tuple[object, ...] = (
         name: of the script.
         before: arguments.
         after: arguments behind the viewer's, a dataparser's for instance.
+        device: "cpu" hides the GPU from it.
 
     Yields:
         The :class:`Server`, once it answers; afterwards it and its children have ended.
@@ -83,16 +94,20 @@ def serving(log: Path, name: str, *before: object, after: tuple[object, ...] = (
         "--viewer.max-num-display-images", 0,  # training images would be in front of the picture
     ]  # fmt: skip
     arguments = map(str, (*before, *viewer, *after))
+    without_gpu = {
+        "TRITON_INTERPRET": "1",  # so that there is a cache without a GPU
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [str(Path(sys.executable).with_name(name)), *arguments],
+            [sys.executable, "-c", _CODE, name, *arguments],
+            cwd=log.parent,  # or the source tree would be found before the installed package
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={
                 **os.environ,
-                "TRITON_INTERPRET": "1",  # so that there is a cache without a GPU
-                "CUDA_VISIBLE_DEVICES": "",
+                **(without_gpu if device == "cpu" else {}),
                 "TORCHDYNAMO_DISABLE": "1",
                 "OMP_NUM_THREADS": "1",
                 "COLUMNS": "200",
@@ -100,7 +115,7 @@ def serving(log: Path, name: str, *before: object, after: tuple[object, ...] = (
             start_new_session=True,
         )
     try:
-        server = Server(process, f"http://127.0.0.1:{port}/", log)
+        server = Server(process, port, log)
         server.until(server._answers, f"{name} serves a page")
         yield server
     finally:
