@@ -121,7 +121,7 @@ class Onlooker:
             "picture_ms_median": 1e3 * float(np.median(waits)),
             "picture_ms_p95": 1e3 * float(np.quantile(waits, 0.95)),
             "pictures_per_s_moving": len(moving) / moved_s,
-            "moving_sizes": [sizes[0], sizes[len(sizes) // 2], sizes[-1]],
+            "moving_sizes": [sizes[at] for at in (0, len(sizes) // 2, -1) if sizes],
             "full_size": self._sights[-1].size,
             "full_picture_s": rests,
         }
