@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from nerfstudio.data.datamanagers.full_images_datamanager import (
     FullImageDatamanager,
     FullImageDatamanagerConfig,
 )
+from nerfstudio.data.dataparsers.base_dataparser import DataParser
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -23,7 +25,14 @@ from torch import Tensor
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait_in_stream
 from gsscale_nerfstudio.errors import GSScaleError
-from gsscale_nerfstudio.images import DiskImages, EvalImages, ImageDataset, Placement, place
+from gsscale_nerfstudio.images import (
+    DiskImages,
+    EvalImages,
+    ImageDataset,
+    ListedImages,
+    Placement,
+    place,
+)
 from gsscale_nerfstudio.view_order import reorder, seen_by
 
 
@@ -53,6 +62,13 @@ class GSScaleDatamanagerConfig(FullImageDatamanagerConfig):
     between host and GPU; the host engine gains nothing. Images in a row are then alike, which costs
     quality: on an aerial scene, 16 took 0.24 dB and 0.01 of SSIM, and made a sixth more Gaussians.
     1: Nerfstudio's order."""
+    train_list: Path | None = None
+    """Text file with the names of training images, one on a line, as a.jpg or left/a.jpg. With
+    every dataparser, whose own split no longer counts. Unset: all that eval_list does not have, or,
+    without one, the dataparser's split."""
+    eval_list: Path | None = None
+    """Text file with the names of held-out images, for evaluation in training, ns-eval and
+    ns-render. Unset: all that train_list does not have, or, without one, the dataparser's split."""
 
 
 class GSScaleDatamanager(FullImageDatamanager):
@@ -100,6 +116,17 @@ class GSScaleDatamanager(FullImageDatamanager):
             check_cameras(dataset)
         self._cameras: dict[int, Cameras] = {}
         self._uploads = Uploads(torch.device(device))
+
+    @property
+    def dataparser(self) -> DataParser:
+        """What finds images, cameras and points, and splits them."""
+        return self._dataparser
+
+    @dataparser.setter
+    def dataparser(self, parser: DataParser) -> None:
+        # Nerfstudio sets it before it asks for the first split.
+        lists = self.config.train_list, self.config.eval_list
+        self._dataparser = parser if lists == (None, None) else ListedImages(parser, *lists)
 
     @property
     def dataset_type(self) -> type[InputDataset]:
@@ -347,8 +374,9 @@ def _explained(data: Any, *others: type[Exception]) -> Iterator[None]:
             "that the folder exists, that it has at least one image with a pose, that its images "
             "are there, whole, and as large as their cameras say, that its format is the one "
             "named on the command line (nerfstudio-data, colmap, blender-data, ...), that lists of "
-            "filenames are there for train, val and test alike, and that Nerfstudio knows its "
-            "camera model (for others, `colmap image_undistorter` makes pinholes)"
+            "filenames are there for train, val and test alike (elsewhere, with --pipeline."
+            "datamanager.train-list and eval-list, one or two are enough), and that Nerfstudio "
+            "knows its camera model (for others, `colmap image_undistorter` makes pinholes)"
         ) from error
 
 

@@ -4,12 +4,14 @@ from gsscale_nerfstudio.images.dataset import ImageDataset
 from gsscale_nerfstudio.images.disk import DiskImages
 from gsscale_nerfstudio.images.evaluation import EvalImages
 from gsscale_nerfstudio.images.lens import undistort_cameras, undistorted
+from gsscale_nerfstudio.images.lists import ListedImages
 from gsscale_nerfstudio.images.placement import Placement, decoded_bytes, place
 
 __all__ = [
     "DiskImages",
     "EvalImages",
     "ImageDataset",
+    "ListedImages",
     "Placement",
     "decoded_bytes",
     "place",

@@ -61,16 +61,21 @@ def trained(parser: DataParserConfig, output: Path, **model: Any) -> GSScaleTrai
     return trainer
 
 
-def color_error(trainer: GSScaleTrainer) -> float:
+def color_error(trainer: GSScaleTrainer, of_held_out: bool = False) -> float:
     """How far images are from their points' colours, of 1, in the median over points and views."""
     manager = trainer.pipeline.datamanager
     assert isinstance(manager, GSScaleDatamanager)
     points = manager.train_dataset.metadata["points3D_xyz"].double().numpy()
     colors = manager.train_dataset.metadata["points3D_rgb"].double().numpy() / 255
     errors = []
-    for index in range(len(manager.train_dataset)):
-        view = View.from_camera(manager.train_camera(index))
-        image = manager.cached_train[index]["image"].double().numpy()[..., :3] / 255
+    images = manager.cached_eval if of_held_out else manager.cached_train
+    for index in range(len(images)):
+        view = View.from_camera(
+            manager.eval_dataset.cameras[index : index + 1]
+            if of_held_out
+            else manager.train_camera(index)
+        )
+        image = images[index]["image"].double().numpy()[..., :3] / 255
         seen = points @ view.viewmat[:3, :3].T + view.viewmat[:3, 3]
         x, y, _ = np.floor((seen / seen[:, 2:]) @ view.K.T).astype(int).T
         inside = (
