@@ -30,6 +30,7 @@ from benchmarks.made_up import MadeUpArgs, Stopwatch, close_writers, make_traine
 from benchmarks.plan import PlanError
 from benchmarks.step_table import gb, text
 from benchmarks.tables import TextTable, describe_machine
+from benchmarks.turns import Turns
 
 KIND = "big training"
 GROWTH = 1.02
@@ -90,11 +91,16 @@ def train(args: BigTrainingArgs, work: Path, console: Console) -> dict[str, Any]
     console.print(f"made {int(args.rows):,} rows under {len(scene.cameras):,} cameras")
     rows, largest_file, before_saving = model.num_points, 0, 0
 
+    turns = None if args.turns is None else Turns(args.turns)
+    if turns is not None:
+        turns.alone()  # rows were made beside the others
     save = trainer.save_checkpoint
 
     def save_and_measure(step: int) -> None:
         nonlocal largest_file, before_saving
         before_saving = before_saving or peak_host_bytes()
+        if turns is not None:
+            turns.together()  # what comes now is not the GPU's
         with watch.over("checkpoint"):
             save(step)
         sizes = [path.stat().st_size for path in trainer.checkpoint_dir.glob("*.ckpt")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.plan import PlanError
+from benchmarks.plan import PlanError, check_sharing
 from benchmarks.scene import dataparser_arguments
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class MadeUpArgs:
     """Engine of gsscale."""
     cap_gb: float | None = None
     """GPU memory that this process may have in all, as on a card of this size."""
+    turns: Path | None = None
+    """Folder shared with other benchmarks that use the same GPU at the same time: steps are made
+    while all of their runs wait (``turns.py``)."""
+    cuda_gb: float | None = None
+    """What CUDA takes of --cap-gb before anything is allocated: it can't be seen where others are
+    on the GPU, too."""
     seed: int = 42
     """Seed of rows and training."""
     overrides: tuple[str, ...] = ()
@@ -50,6 +56,7 @@ class MadeUpArgs:
         """Raise on arguments that would only fail minutes later."""
         if self.rows < 1:
             raise PlanError("--rows must be at least 1")
+        check_sharing(self.turns, self.cap_gb, self.cuda_gb)
         if self.output is not None and self.output.exists():
             raise PlanError(f"{self.output} exists: name another --output")
         dataparser_arguments(self.scene, list(self.dataparser_overrides))
@@ -72,6 +79,8 @@ class MadeUpArgs:
         words += ["--rows", f"{self.rows:g}", "--visible", str(self.visible), *map(str, own)]
         words += ["--engine", self.engine, "--seed", str(self.seed)]
         words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
+        words += ["--cuda-gb", str(self.cuda_gb)] if self.cuda_gb is not None else []
+        words += ["--turns", "DIR"] if self.turns is not None else []
         words += ["--overrides", *self.overrides] if self.overrides else []
         if self.dataparser_overrides:
             words += ["--dataparser-overrides", *self.dataparser_overrides]
@@ -110,7 +119,7 @@ def make_trainer(args: MadeUpArgs, steps: int, work: Path) -> Any:
     from benchmarks.offline import ensure_lpips_backbone
 
     if args.cap_gb is not None:
-        cap_gpu_memory(args.cap_gb)
+        cap_gpu_memory(args.cap_gb, args.cuda_gb)
     config = ns_config.parse(
         ns_config.train_arguments(
             method="gsscale",

@@ -38,6 +38,15 @@ class RunSpec:
         return f"{self.method}{engine}-seed{self.seed}"
 
 
+def check_sharing(turns: Path | None, cap_gb: float | None, cuda_gb: float | None) -> None:
+    """Raise if a cap is not all that has to be known of it, or too much."""
+    if (cap_gb is None or turns is None) != (cuda_gb is None):
+        raise PlanError(
+            "--cuda-gb goes with --cap-gb where runs share the GPU, and only there: 0.6 on an "
+            "H200, or what nvidia-smi shows when a process has only begun"
+        )
+
+
 @dataclass
 class CompareArgs:
     """Train the same scene with several methods and write what each run gave into one file."""
@@ -105,11 +114,7 @@ class CompareArgs:
             raise PlanError("--images, --profile-steps and --evaluate-every must be at least 0")
         if self.cap_gb is not None and self.cap_gb <= 0:
             raise PlanError("--cap-gb takes gigabytes")
-        if (self.cap_gb is None or self.shared_turns is None) != (self.cuda_gb is None):
-            raise PlanError(
-                "--cuda-gb goes with --cap-gb where runs share the GPU, and only there: 0.6 on an "
-                "H200, or what nvidia-smi shows when a process has only begun"
-            )
+        check_sharing(self.shared_turns, self.cap_gb, self.cuda_gb)
         if self.crop is not None and (
             self.save_images is None or min(self.crop[:2]) < 0 or min(self.crop[2:]) < 1
         ):

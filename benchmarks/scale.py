@@ -59,6 +59,12 @@ class ScaleArgs:
     """As those of step.py."""
     cap_gb: float | None = None
     """GPU memory that each process may have in all, as on a card of this size."""
+    turns: Path | None = None
+    """Folder shared with other benchmarks that use the same GPU at the same time: steps are made
+    while all of their runs wait (``turns.py``)."""
+    cuda_gb: float | None = None
+    """What CUDA takes of --cap-gb before anything is allocated: it can't be seen where others are
+    on the GPU, too."""
     steps: int = 100
     """Timed steps."""
     warmup: int = 30
@@ -89,6 +95,8 @@ class ScaleArgs:
             visible=share,
             methods=self.methods,
             cap_gb=self.cap_gb,
+            turns=self.turns,
+            cuda_gb=self.cuda_gb,
             steps=self.steps,
             warmup=self.warmup,
             seed=self.seed,
@@ -119,6 +127,8 @@ class ScaleArgs:
             words += ["--visible-rows", f"{self.visible_rows:g}"]
         words += ["--methods", *self.methods]
         words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
+        words += ["--cuda-gb", str(self.cuda_gb)] if self.cuda_gb is not None else []
+        words += ["--turns", "DIR"] if self.turns is not None else []
         words += ["--steps", str(self.steps), "--warmup", str(self.warmup)]
         words += ["--seed", str(self.seed)]
         words += ["--overrides", *self.overrides] if self.overrides else []

@@ -44,6 +44,10 @@ class ChildArgs:
     """Where to train."""
     cap_gb: float | None = None
     """GPU memory that this process may have in all."""
+    cuda_gb: float | None = None
+    """What CUDA takes of it; unset if nobody else is on the GPU."""
+    turns: Path | None = None
+    """Folder that others on the same GPU share: steps are made while they wait."""
     overrides: tuple[str, ...] = ()
     """Settings as name=value."""
     dataparser_overrides: tuple[str, ...] = ()
@@ -67,9 +71,10 @@ def run(args: ChildArgs, output_dir: Path) -> dict[str, Any]:
     from benchmarks import fixed_rows, ns_config, offline, step_meter
     from benchmarks.memory_cap import cap_gpu_memory
     from benchmarks.step_methods import GSScale, Method, Splatfacto
+    from benchmarks.turns import Turns
 
     if args.cap_gb is not None:
-        cap_gpu_memory(args.cap_gb)
+        cap_gpu_memory(args.cap_gb, args.cuda_gb)
     name = "splatfacto" if args.method == GSPLAT else args.method
     arguments = ns_config.train_arguments(
         method=name,
@@ -100,6 +105,9 @@ def run(args: ChildArgs, output_dir: Path) -> dict[str, Any]:
         method = Splatfacto(config, split, scene, device)
     else:
         method = GSScale(config, split, scene, device)
+    turns = None if args.turns is None else Turns(args.turns)  # kept, with its lock, to the end
+    if turns is not None:
+        turns.alone()  # rows were made beside the others
     order = step_meter.view_order(len(scene.cameras), args.seed)
     measured = step_meter.measure(method, order, args.warmup, args.steps, device, progress)
     return {

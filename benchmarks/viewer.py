@@ -31,6 +31,7 @@ from benchmarks.made_up import MadeUpArgs, Stopwatch, close_writers, make_traine
 from benchmarks.plan import PlanError
 from benchmarks.step_table import text
 from benchmarks.tables import TextTable, describe_machine
+from benchmarks.turns import Turns
 
 KIND = "viewer"
 ENDLESS = 10**9
@@ -80,6 +81,9 @@ def train(args: ViewerArgs, work: Path, console: Console) -> dict[str, Any]:
         onlooker = viewer_flight.Onlooker(
             trainer, scene.cameras, path, args.seconds, args.warmup, args.stops
         )
+        turns = None if args.turns is None else Turns(args.turns)  # kept, with its lock, to the end
+        if turns is not None:
+            turns.alone()  # rows were made beside the others
         with ThreadPoolExecutor(1) as pool:
             looking = pool.submit(onlooker.run)
             try:

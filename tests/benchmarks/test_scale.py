@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.memory_cap import cap_gpu_memory
 from benchmarks.plan import PlanError
 from benchmarks.scale import ScaleArgs
+from benchmarks.step import child_command
 from tests.benchmarks.flat_flight import flight
 from tests.benchmarks.test_step import COUNTED, MEASURED
 
@@ -114,12 +116,25 @@ def test_a_number_of_visible_rows_that_cannot_be_kept_is_refused(
         ({"rows": ()}, "at least one"),
         ({"cap_gb": 0.0}, "cap"),
         ({"visible_rows": 0.0}, "positive"),
+        ({"cap_gb": 8.0, "turns": Path("x")}, "--cuda-gb goes with --cap-gb"),
+        ({"cap_gb": 8.0, "cuda_gb": 0.6}, "--cuda-gb goes with --cap-gb"),
     ],
 )
 def test_what_cannot_be(colmap_scene, tmp_path, fields, said):
     args = arguments(colmap_scene, tmp_path, **{"rows": (1e3,), **fields})
     with pytest.raises(PlanError, match=said):
         args.check()
+
+
+def test_steps_are_made_while_others_on_the_gpu_wait(colmap_scene, tmp_path):
+    shared = {"cap_gb": 8.0, "cuda_gb": 0.6, "turns": tmp_path / "turns"}
+    args = arguments(colmap_scene, tmp_path, (1e3,), methods=("gsscale-host",), **shared)
+    args.check()
+    assert "--cuda-gb 0.6 --turns DIR" in args.command()
+    steps = args.steps_at(1e3)
+    words = child_command(steps)(steps.spec("gsscale-host"), children.Files(*[tmp_path / "x"] * 3))
+    assert words[words.index("--turns") + 1] == str(tmp_path / "turns")
+    assert words[words.index("--cuda-gb") + 1] == "0.6"
 
 
 def test_the_cap_counts_what_is_taken_already(monkeypatch):
