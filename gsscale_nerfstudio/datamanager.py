@@ -253,6 +253,12 @@ class GSScaleDatamanager(FullImageDatamanager):
         with _explained(self.config.data):
             return self._placement
 
+    def get_train_rays_per_batch(self) -> int:
+        """Pixels of the first training image, for the log."""
+        # Nerfstudio looks at the image, at every step: from the disk it would be read each time.
+        camera = self.train_camera(0)
+        return int(camera.height) * int(camera.width)
+
     def image_bytes_to_come(self) -> int:
         """Host memory that images are still going to take."""
         placement, to_come = self.image_placement, 0

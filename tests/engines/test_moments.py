@@ -81,6 +81,8 @@ def test_equal_rows_with_ids_beyond_2_to_the_24_are_rounded_each_in_its_own_way(
     store.exp_avg[:n, : layout.optimized] = 0.01
     store.exp_avg_sq[:n, : layout.optimized] = 1e-4
     store.bookkeeping("key")[:] = keys_of(torch.arange(20_000_000, 20_000_000 + n))
+    if place.type == "cuda":
+        store.pin()  # the optimizers would have it done
     cache, ids = RowCache(store, place, n), torch.arange(n, dtype=torch.int32)
     slots = cache.admit(ids, 1, 1, None).slots
     tables, viewpoint = DeviceTables(engine.history, place), Viewpoint(torch.ones(3).to(place), 3)
@@ -97,7 +99,9 @@ def test_moments_of_32_bits_without_noise_do_not_ask_for_keys(slots):
     for keys in (torch.zeros(1000), keys_of(torch.arange(20_000_000, 20_001_000))):
         engine = make_engine(random_rows(1000, layout), layout, "cpu", slots)
         engine.store.bookkeeping("key")[:] = keys
-        drive(engine, 6)
+        # Which rows a view brings along depends on how far the worker is, and those that it does
+        # not need end a rounding away.
+        drive(engine, 6, announce=lambda step: False)
         engine.settle()
         store = engine.store
         assert torch.equal(store.bookkeeping("key"), keys)

@@ -215,3 +215,21 @@ def test_training_from_the_disk(scene, tmp_path):
         trainer = runs.train(config)
         losses.append(trainer.pipeline.model.means.detach().clone())
     assert torch.equal(*losses)
+
+
+def test_a_training_reads_each_image_once_in_an_epoch(scene, tmp_path):
+    """And no other one besides: Nerfstudio's loop has an eye on the first."""
+    config = runs.make_config(scene, tmp_path / "output", steps=16)
+    config.pipeline.datamanager.cache_images = "disk"
+    config.pipeline.datamanager.image_memory_gb = 2.5 * 3 * PIXELS / 1e9
+    images = runs.train(config).pipeline.datamanager.cached_train
+    assert images.ahead == 2 and len(images) > 4
+    assert 16 <= images.reads <= 16 + images.ahead
+
+
+@pytest.mark.parametrize("case", ["straight lines", "perspective"])  # the latter is cut
+def test_the_log_counts_nerfstudios_rays(case, scene):
+    runs.edit_json(scene, lambda content: CASES[case](scene, content))
+    data = ours(scene, cache_images="cpu")
+    height, width = data.cached_train[0]["image"].shape[:2]
+    assert data.get_train_rays_per_batch() == height * width
