@@ -47,6 +47,11 @@ PEAKS = {
 pages count as resident, though the system takes them back when it needs them."""
 
 
+LEGEND = """\
+it/s leave out refinement and checkpoint; the seconds of training are with them. The rest is said in
+[A training of 100 M](scale.md#a-training-of-100-m)."""
+
+
 @dataclass
 class BigTrainingArgs(MadeUpArgs):
     """Train a large number of made-up Gaussians.

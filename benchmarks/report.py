@@ -16,7 +16,7 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
 
-from benchmarks import cli, results, rows, scale, step, step_table, tables
+from benchmarks import big_training, cli, results, rows, scale, step, step_table, tables, viewer
 from benchmarks.results import Comparison
 from benchmarks.tables import TextTable
 
@@ -29,7 +29,8 @@ HEAD = """\
 
 Splatfacto and gsscale on the same scene, the same machine, the same settings. Every number on this
 page is read from the files in `docs/results/`; `python benchmarks/report.py` writes the page. Whole
-trainings come first, then [single steps](#single-steps) at a fixed number of Gaussians.
+trainings come first, then [single steps](#single-steps) at a fixed number of Gaussians, and
+trainings of a size that there is no scene for.
 """
 
 SINGLE_STEPS = """
@@ -64,6 +65,16 @@ KINDS = {
         lambda report: f"{report['scene']}, row kernels at {report['rows']:,} rows",
         (rows.table, lambda report: rows.table(report["gpu"] or {"kernels": []})),
         rows.LEGEND,
+    ),
+    big_training.KIND: Kind(
+        lambda report: f"{report['scene']}, a training of {report['rows']:,} rows",
+        (big_training.table,),
+        big_training.LEGEND,
+    ),
+    viewer.KIND: Kind(
+        lambda report: f"{report['scene']}, the viewer at {report['rows']:,} rows",
+        (viewer.table,),
+        viewer.LEGEND,
     ),
 }
 """In the order of the page.
@@ -178,6 +189,14 @@ def section(name: str, comparison: Comparison) -> str:
     if course.rows:
         lines += ["", "The best evaluation of a run that ended early, else the last:", ""]
         lines += markdown(course)
+    evaluations = tables.evaluations_table(comparison)
+    if evaluations.rows:
+        lines += [
+            "",
+            "PSNR, SSIM and millions of Gaussians on the way:",
+            "",
+            *markdown(evaluations),
+        ]
     kernels = tables.kernel_table(comparison)
     if kernels.rows:
         lines += ["", "Profiled steps, and what the GPU did in them:", "", *markdown(kernels)]

@@ -122,6 +122,24 @@ def course_table(comparison: Comparison) -> TextTable:
     return TextTable(columns, rows)
 
 
+def evaluations_table(comparison: Comparison) -> TextTable:
+    """One row a step at which runs were evaluated on their way, one column a run."""
+    runs = [(f"{label}, seed {run.seed}", run.course) for label, run in _runs(comparison)]
+    courses = {
+        label: {evaluation["at_step"]: evaluation for evaluation in course}
+        for label, course in runs
+        if course
+    }
+    rows = []
+    for step in sorted({step for course in courses.values() for step in course}):
+        cells = [
+            "{psnr:.2f}, {ssim:.4f}, {:.2f}".format(at["gaussians"] / 1e6, **at) if at else MISSING
+            for at in (course.get(step) for course in courses.values())
+        ]
+        rows.append([f"{step:,}", *cells])
+    return TextTable(["step", *courses], rows if len(rows) > 1 else [])
+
+
 def kernel_table(comparison: Comparison) -> TextTable:
     """One row a kernel: GPU milliseconds of a step in the profiled runs, seed by seed."""
     runs = [

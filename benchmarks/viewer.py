@@ -38,6 +38,11 @@ ENDLESS = 10**9
 """Training steps: the viewer's client says when to stop."""
 
 
+LEGEND = """\
+nobody connected, camera at rest, camera moving: the phases, one after the other. The picture of a
+camera is the first of it or of a later one."""
+
+
 @dataclass
 class ViewerArgs(MadeUpArgs):
     """Look at a training of made-up Gaussians through the viewer."""

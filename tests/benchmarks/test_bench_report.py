@@ -155,6 +155,24 @@ def test_runs_that_ended_early_have_a_table(tmp_path, make_run, make_comparison)
         comparison.check_compatible(make_comparison([]))
 
 
+def test_evaluations_on_the_way_stand_side_by_side(make_run, make_comparison):
+    def at(step: int, psnr: float) -> dict:
+        return {"at_step": step, "psnr": psnr, "ssim": 0.9, "gaussians": 1_230_000}
+
+    runs = [
+        make_run(course=[at(1000, 25.0)]),
+        make_run("gsscale", course=[at(1000, 26.0), at(2000, 27.0)]),
+        make_run("gsscale", seed=43),
+    ]
+    table = tables.evaluations_table(make_comparison(runs))
+    assert table.columns == ["step", "splatfacto, seed 42", "gsscale (host), seed 42"]
+    assert table.rows == [
+        ["1,000", "25.00, 0.9000, 1.23", "26.00, 0.9000, 1.23"],
+        ["2,000", "-", "27.00, 0.9000, 1.23"],
+    ]
+    assert not tables.evaluations_table(make_comparison(runs[:1])).rows  # the runs' table has it
+
+
 def test_empty_page(tmp_path):
     text = report.page(tmp_path)
     assert "no results yet" in text and "it/s" not in text
