@@ -198,6 +198,33 @@ class HostRows:
             "cull", "host", self.n, median(times) * 1e3, sum(needed) / len(needed) / self.n
         )
 
+    def replace_spheres(self) -> Measurement:
+        """A view's spheres from the device to the culler: id and sphere read, sphere written, and
+        read once more for its block's bound."""
+        new = self.store.spheres[: self._most_visible()].clone()
+        times, rows = [], []
+        for ids in self.visible_ids():
+            values = new[: len(ids)].copy_(self.store.spheres[ids.long()])
+            start = time.perf_counter()
+            self.culler.replace(self.n, ids, values)
+            times.append(time.perf_counter() - start)
+            rows.append(len(ids))
+        return self._per_view("replace spheres", rows, times, 4 + 3 * 16)
+
+    def plan_slots(self) -> Measurement:
+        """Slots for a view's rows in a cache of two and a half views: id and its copy, the table's
+        entry read and written, slot; of half of the rows, which were not there, the move."""
+        most = self._most_visible()
+        table = _C.SlotTable(5 * most // 2, self.n)
+        slots, moves = np.empty(most, np.int32), np.empty((most, 3), np.int32)
+        times, rows = [], []
+        for number, ids in enumerate(self.visible_ids(), 1):
+            start = time.perf_counter()
+            table.plan(ids.numpy(), number, number, slots, moves)
+            times.append(time.perf_counter() - start)
+            rows.append(len(ids))
+        return self._per_view("plan slots", rows, times, 8 + 16 + 4 + 6)
+
     def visible_ids(self) -> Iterator[Tensor]:
         """Rows [n] int32 of each view; valid until the next ones are asked for."""
         for view in self.views:
@@ -209,7 +236,8 @@ class HostRows:
 
     def measure(self) -> list[Measurement]:
         """All kernels."""
-        return [self.settle(), self.settle_and_step(), self.gather_settled(), self.cull()]
+        kernels = self.settle(), self.settle_and_step(), self.gather_settled(), self.cull()
+        return [*kernels, self.replace_spheres(), self.plan_slots()]
 
     @property
     def _row_bytes(self) -> int:

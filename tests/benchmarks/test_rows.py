@@ -41,7 +41,8 @@ def test_the_store_is_in_the_middle_of_a_training(host):
 def test_every_kernel_is_measured(host):
     before = host.store.params[:3000].clone()
     measured = {one.kernel: one for one in host.measure()}
-    assert list(measured) == ["settle", "settle + step", "gather_settled", "cull"]
+    kernels = ["settle", "settle + step", "gather_settled", "cull"]
+    assert list(measured) == [*kernels, "replace spheres", "plan slots"]
     for one in measured.values():
         assert one.side == "host" and one.ms > 0 and one.ns_per_row > 0
     assert measured["settle"].bytes_per_row == 2 * 768
@@ -162,7 +163,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
     assert (report["kind"], report["rows"], report["threads"]) == ("rows", 20_000, 1)
-    assert 0 < report["visible_share"] <= 0.35 and len(report["kernels"]) == 4
+    assert 0 < report["visible_share"] <= 0.35 and len(report["kernels"]) == 6
     assert "--threads 1" in report["command"] and str(tmp_path) not in output.read_text()
     page = report_page.page(output.parent)
     assert "row kernels at 20,000 rows" in page and "| gather_settled | host |" in page
