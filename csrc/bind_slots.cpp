@@ -39,6 +39,8 @@ constexpr int64_t kBlock = 64;
 // next view that does. 0: some of the block's rows are protected, but others may leave.
 constexpr int kUnknown = 33, kBuckets = kUnknown + 32;
 
+constexpr int kPartsPerThread = 16;
+
 inline int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
 
 // Ids ahead whose entries are requested: the hardware stops at the gaps between ids.
@@ -461,10 +463,13 @@ class SlotTable {
         rows_out += fresh;
 
         const int64_t n = (int64_t)blocks_.size();
-        const int parts = threads_for_ids(n);
+        const int threads = threads_for_ids(n + leaving);
+        // The rows that leave are neighbours, those of an earlier view: with one part of the rows for
+        // each thread, one or two threads would have all of the work.
+        const int parts = threads > 1 ? kPartsPerThread * threads : 1;
         buckets_.resize(n);
         std::vector<int64_t> counts((size_t)parts * kBuckets, 0);
-#pragma omp parallel for num_threads(parts) schedule(static, 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (int part = 0; part < parts; ++part) {
             int64_t *count = &counts[(size_t)part * kBuckets];
             for (int64_t b = part_start(n, part, parts); b < part_start(n, part + 1, parts); ++b) {
@@ -483,7 +488,7 @@ class SlotTable {
         while (last > 0 && above + total(last) < leaving) above += total(last--);
         if (last == 0) {
             // Close: the rows that are not protected count one by one.
-#pragma omp parallel for num_threads(parts) schedule(static, 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
             for (int part = 0; part < parts; ++part) {
                 int64_t &count = counts[(size_t)part * kBuckets];
                 for_each_leaving(part, parts, protect_from, 0, 0, [&](int64_t) { ++count; });
@@ -501,7 +506,7 @@ class SlotTable {
         }
         const Residence *table = table_.get();
         int32_t newest = -1;
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(max : newest)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(max : newest)
         for (int part = 0; part < parts; ++part) {
             int64_t k = starts[part], quota = quotas[part];
             for_each_leaving(part, parts, protect_from, last, kBuckets - 1, [&](int64_t row) {
@@ -514,7 +519,7 @@ class SlotTable {
         return newest;
     }
 
-    // Calls `visit(row)` for the rows of this thread's part that may leave, ascending, of the blocks
+    // Calls `visit(row)` for the rows of a part that may leave, ascending, of the blocks
     // in buckets `first` to `last`.
     template <typename Visit>
     void for_each_leaving(int part, int parts, int64_t protect_from, int first, int last,
