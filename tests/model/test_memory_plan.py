@@ -259,7 +259,7 @@ def test_training_tells_the_plan_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory_plan, "make_plan", lambda c: given.append(c) or make(c))
     trainer = train(make_config(scene, tmp_path, max_gaussians=5000))
     said = capsys.readouterr().out
-    assert said.count("memory plan") == 1
+    assert said.count("memory plan") == 1 and "no effect" not in said
     assert "now, 300 Gaussians" in said and "needed at 5,000" in said
     assert "host memory" in said and "GPU memory" not in said
     (c,) = given
@@ -270,6 +270,11 @@ def test_training_tells_the_plan_once(tmp_path, capsys, monkeypatch):
     # Training's were read, the held-out ones were not.
     assert store.claims() == len(data.eval_dataset) * 64 * 48 * 3
     assert store.beside_row == HostEngine.staging_bytes(c.layout, 300, c.view_rows) / 300
+
+
+def test_a_gpus_budget_without_a_gpu_is_said_to_have_no_effect(tmp_path, capsys):
+    train(make_config(tiny_scene(tmp_path / "scene"), tmp_path, steps=1, vram_budget_gb=4.0))
+    assert "vram-budget-gb has no effect" in " ".join(capsys.readouterr().out.split())
 
 
 def test_training_that_cannot_work_ends_before_images_are_read(tmp_path, capsys, monkeypatch):
