@@ -6,16 +6,12 @@ of images. So a comparison on the CPU tells these apart from everything that a G
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 METHODS = ("splatfacto", "splatfacto-big", "splatfacto-mcmc")
-
-PER_AXIS = tuple(map(int, version("gsplat").split(".")[:2])) >= (1, 5)
-"""Whether gsplat's strategy expects two radii of each Gaussian."""
 
 
 class _ScreenGradients:
@@ -58,6 +54,7 @@ def rasterization(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """``gsplat.rasterization`` for one camera, as splatfacto calls it."""
     from gsscale_nerfstudio.rasterize import rasterize
+    from gsscale_nerfstudio.rasterize.projection import PER_AXIS
     from gsscale_nerfstudio.rasterize.spherical_harmonics import sh_colors
 
     if packed or sparse_grad or len(viewmats) != 1:
@@ -82,9 +79,11 @@ def rasterization(
         far=far_plane,
     )
     image = drawn.rgb if drawn.depth is None else torch.cat([drawn.rgb, drawn.depth], dim=-1)
+    radii = drawn.radii[None]
     info = {
         "means2d": _ScreenGradients(drawn.means2d_node),
-        "radii": drawn.radii[None, :, None].expand(-1, -1, 2) if PER_AXIS else drawn.radii[None],
+        # The strategy looks at the longer one of two.
+        "radii": torch.stack([radii, radii], dim=-1) if PER_AXIS else radii,
         "width": width,
         "height": height,
         "n_cameras": 1,

@@ -50,7 +50,7 @@ def block_batches(
 ) -> list[BlockBatch]:
     """List, for every block of the image, the Gaussians to composite, nearest first.
 
-    gsplat draws a Gaussian into every tile that its square, mean +- radius, touches:
+    gsplat draws a Gaussian into every tile that its rectangle, mean +- radii, touches:
     floor(mean/16 - radius/16) <= tile < ceil(mean/16 + radius/16). Of such a tile, blocks
     are left out that lie outside of the box in which the Gaussian's alpha can reach 1/255, since
     it would be skipped at each of their pixels: the result is the same, with less work.
@@ -60,13 +60,15 @@ def block_batches(
         conics: Inverse 2D covariances (xx, xy, yy). [n, 3]
         opacities: In [0, 1]. [n]
         depths: What to sort by; equal depths keep their order. [n]
-        radii: In pixels; a Gaussian with radius 0 is not drawn. [n] int32
+        radii: Half the side of gsplat's square, or halves of both sides, in pixels; 0 if the
+            Gaussian is not drawn. [n] or [n, 2] int32
         width: Image width in pixels.
         height: Image height in pixels.
     """
-    drawn = (radii > 0).nonzero().squeeze(1)
+    radii = radii.view(len(radii), -1)
+    drawn = (radii > 0).all(1).nonzero().squeeze(1)
     order = drawn[torch.argsort(depths[drawn], stable=True)]
-    mean, radius = means2d[order], radii[order, None].to(means2d.dtype)
+    mean, radius = means2d[order], radii[order].to(means2d.dtype)
     reach = _reach(conics[order], opacities[order])
     low = torch.maximum(
         (mean / TILE - radius / TILE).floor() * (TILE // BLOCK), ((mean - reach) / BLOCK).floor()

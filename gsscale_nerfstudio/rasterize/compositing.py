@@ -62,7 +62,8 @@ def composite(
         colors: Any number of channels. [n, C]
         opacities: In [0, 1]. [n]
         depths: What to sort by. [n]
-        radii: In pixels, 0 for a Gaussian that is not drawn. [n] int32
+        radii: Half the side of gsplat's square, or halves of both sides, in pixels; 0 for a
+            Gaussian that is not drawn. [n] or [n, 2] int32
         width: Image width in pixels.
         height: Image height in pixels.
         absgrad: Whether to compute the absolute gradient of ``means2d``.

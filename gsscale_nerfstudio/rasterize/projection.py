@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .block_lists import MIN_ALPHA
+
+PER_AXIS = tuple(map(int, version("gsplat").split(".")[:2])) >= (1, 5)
+"""Whether the installed gsplat draws a Gaussian into a rectangle, by its opacity, not a square."""
 
 BLUR = 0.3
 """Variance, in squared pixels, added to every ellipse: none falls between the pixels."""
 
 FRUSTUM_MARGIN = 0.3
 """How far beyond the image, in half images, a mean still moves the Jacobian's expansion point."""
+
+_MAX_EXTENT = 3.33
+"""Standard deviations beyond which gsplat 1.5 draws nothing."""
 
 _MAX_RADIUS = 2.0**30
 """Largest radius kept as an int32, in pixels; far beyond any image."""
@@ -37,7 +46,8 @@ class Projection(NamedTuple):
     """The Gaussians of a view that reach the screen.
 
     Attributes:
-        radii: Radius in pixels of each of the ``n`` Gaussians, 0 where not drawn. [n] int32
+        radii: Halves of both sides, in pixels, of the rectangle into which each of the ``n``
+            Gaussians is drawn, 0 where it is not. [n, 2] int32
         visible: Ascending indices of the ``m`` drawn ones. [m] int64
         splats: Their ellipses.
     """
@@ -51,48 +61,79 @@ def project(
     means: Tensor,
     quats: Tensor,
     scales: Tensor,
+    opacities: Tensor,
     viewmat: Tensor,
     K: Tensor,
     width: int,
     height: int,
     *,
+    antialiased: bool,
     near: float,
     far: float,
+    per_axis: bool = PER_AXIS,
 ) -> Projection:
     """Project Gaussians, cull those that do not reach the screen, keep the graph of the others.
 
-    A Gaussian is drawn if near <= z <= far and the square of side 2 r around its projected mean
-    overlaps the image, where r = ceil(3 sqrt(l)) pixels and l estimates the larger eigenvalue of
-    the blurred covariance: l = b + sqrt(max(0.01, b^2 - det)), b = trace / 2.
+    A Gaussian is drawn if near <= z <= far and a rectangle around its projected mean overlaps the
+    image. It is, with C the blurred covariance,
+
+    - in gsplat 1.4 the square of side 2 r, where r = ceil(3 sqrt(l)) pixels and l estimates the
+      larger eigenvalue: l = b + sqrt(max(0.01, b^2 - det C)), b = trace C / 2;
+    - since 1.5 that of sides 2 r_x and 2 r_y, r_x = ceil(e sqrt(C_xx)), r_y = ceil(e sqrt(C_yy)),
+      where e = min(3.33, sqrt(2 ln(255 opacity))): with opacities up to 1 just what reaches 1/255.
 
     Args:
         means: World positions. [n, 3]
         quats: Rotations, wxyz, of any length but zero. [n, 4]
         scales: Standard deviations along the rotated axes. [n, 3]
+        opacities: In [0, 1]. [n]
         viewmat: World to camera, OpenCV axes. [4, 4]
         K: Intrinsics in pixels; not differentiated, skew ignored. [3, 3]
         width: Image width in pixels.
         height: Image height in pixels.
+        antialiased: Whether opacities are to be multiplied by the compensations.
         near: Smallest z that is drawn.
         far: Largest z that is drawn.
+        per_axis: Whether to go by the rule of gsplat 1.5.
     """
     camera = (viewmat, K, width, height)
     # Culling first and without a graph: a row behind the camera projects to inf or nan, and a zero
     # gradient times inf would poison that row's parameters.
     with torch.no_grad():
         splats, covs = _splat(means, quats, scales, *camera)
-        xx, xy, yy = covs.unbind(-1)
-        largest = (xx + yy) / 2 + ((xx - yy).square() / 4 + xy.square()).clamp_min(0.01).sqrt()
-        radii = (3 * largest.sqrt()).ceil().clamp_max(_MAX_RADIUS)
-        x, y = splats.means2d.unbind(-1)
+        if per_axis:
+            seen = opacities * splats.compensations if antialiased else opacities
+            radii = _rectangles(covs, seen)
+        else:
+            radii = _squares(covs)
+        radii = radii.ceil().clamp_max(_MAX_RADIUS)
+        low, high = splats.means2d - radii, splats.means2d + radii
         z = splats.depths
         # Stated as what must hold, so that a nan is culled.
-        drawn = (z >= near) & (z <= far)
-        drawn &= (x + radii > 0) & (x - radii < width) & (y + radii > 0) & (y - radii < height)
-        radii = torch.where(drawn, radii, 0).to(torch.int32)
+        drawn = (z >= near) & (z <= far) & (radii > 0).all(1)
+        drawn &= ((high > 0) & (low < low.new_tensor([width, height]))).all(1)
+        radii = torch.where(drawn[:, None], radii, 0).to(torch.int32)
         visible = drawn.nonzero().squeeze(1)
     splats, _ = _splat(means[visible], quats[visible], scales[visible], *camera)
     return Projection(radii, visible, splats)
+
+
+def _squares(covs: Tensor) -> Tensor:
+    """Three standard deviations along the longer axis, for both axes of the image. [n, 2]"""
+    xx, xy, yy = covs.unbind(-1)
+    largest = (xx + yy) / 2 + ((xx - yy).square() / 4 + xy.square()).clamp_min(0.01).sqrt()
+    return (3 * largest.sqrt())[:, None].expand(-1, 2)
+
+
+def _rectangles(covs: Tensor, opacities: Tensor) -> Tensor:
+    """As far as alpha reaches 1/255, but not beyond 3.33 standard deviations; 0 if nowhere. [n, 2]
+
+    The ellipse opacity exp(-sigma) = 1/255 extends to sqrt(2 ln(255 opacity) C_xx) along x.
+    """
+    extents = (2 * (opacities / MIN_ALPHA).clamp_min(1).log()).sqrt()
+    # As gsplat has it for what is not a number, the one that is.
+    extents = extents.fmin(extents.new_tensor(_MAX_EXTENT))
+    return extents[:, None] * covs[:, ::2].sqrt()
 
 
 def _splat(

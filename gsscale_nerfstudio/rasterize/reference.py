@@ -1,6 +1,6 @@
 """A differentiable rasterizer in plain torch, for machines without CUDA and for tests.
 
-It draws what gsplat 1.4's kernels draw, to rounding: fast enough to train small scenes.
+It draws what the installed gsplat's kernels draw, to rounding: fast enough to train small scenes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,17 @@ def rasterize_reference(
 ) -> Rendering:
     """Draw one view; arguments and result are those of :func:`.api.rasterize`, n > 0."""
     radii, visible, splats = project(
-        means, quats, scales, viewmat, K, width, height, near=near, far=far
+        means,
+        quats,
+        scales,
+        opacities,
+        viewmat,
+        K,
+        width,
+        height,
+        antialiased=antialiased,
+        near=near,
+        far=far,
     )
     channels = colors[visible]
     if depth:
@@ -63,7 +73,7 @@ def rasterize_reference(
         rgb=image[..., :3],
         alpha=alpha,
         depth=image[..., 3:] / alpha.clamp_min(1e-10) if depth else None,
-        radii=radii,
+        radii=radii.amax(1),
         means2d_node=means2d,
         absgrad=absgrad,
     )

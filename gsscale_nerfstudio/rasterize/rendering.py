@@ -17,8 +17,8 @@ class Rendering:
         alpha: Accumulated opacity, 1 minus the remaining transmittance. [H, W, 1]
         depth: Expected z-depth, sum(w z) / max(alpha, 1e-10), 0 where nothing is drawn; None
             unless asked for. [H, W, 1]
-        radii: Half the side, in pixels, of the square that a Gaussian was drawn into; 0 where it
-            was not drawn. [n] int32
+        radii: Half the side, in pixels, of the square that a Gaussian was drawn into, with gsplat
+            1.5 half the longer side of the rectangle; 0 where it was not drawn. [n] int32
         means2d_node: The tensor through which the gradients of the projected means flow, [n, 2]
             or [1, n, 2] as the backend has it. Ask :meth:`means2d_grad` instead.
         absgrad: Whether :meth:`means2d_grad` sums absolute values.

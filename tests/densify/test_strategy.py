@@ -10,7 +10,6 @@ import torch
 from gsplat.strategy import DefaultStrategy
 from gsplat.strategy.ops import reset_opa
 
-from benchmarks.cpu_splatfacto import PER_AXIS
 from gsscale_nerfstudio.densify import (
     RowMCMCStrategy,
     RowStrategy,
@@ -19,6 +18,7 @@ from gsscale_nerfstudio.densify import (
     strategy,
 )
 from gsscale_nerfstudio.engines import HostEngine
+from gsscale_nerfstudio.rasterize.projection import PER_AXIS
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout, chunks, host
 from gsscale_nerfstudio.store.edit import RowSummary
 

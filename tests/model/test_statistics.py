@@ -10,6 +10,7 @@ from gsplat.strategy import DefaultStrategy
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.model import screen_statistics
 from gsscale_nerfstudio.rasterize import Rendering
+from gsscale_nerfstudio.rasterize.projection import PER_AXIS
 
 
 @pytest.mark.parametrize("absgrad", [True, False])
@@ -38,7 +39,8 @@ def test_screen_statistics_are_gsplats(absgrad):
         "width": width,
         "height": height,
         "n_cameras": 1,
-        "radii": radii[None],
+        # Of two, the larger one counts, whichever axis it is of.
+        "radii": torch.stack([radii, (radii + 1) // 2], dim=-1)[None] if PER_AXIS else radii[None],
         "gaussian_ids": None,
         "means2d": node,
     }

@@ -21,9 +21,11 @@ def composite_slowly(
     """Colours [H, W, C] and alphas [H, W, 1], with autograd's gradients.
 
     ``means2d`` may be [H, W, n, 2]: a copy of the means for every pixel, whose gradient is then
-    the pixel's own contribution.
+    the pixel's own contribution. ``radii`` are [n] or [n, 2].
     """
-    nearest_first = sorted((i for i in range(len(radii)) if radii[i] > 0), key=lambda i: depths[i])
+    sides = radii.view(len(radii), -1).expand(-1, 2).tolist()
+    drawn = [i for i, (x, y) in enumerate(sides) if x > 0 and y > 0]
+    nearest_first = sorted(drawn, key=lambda i: depths[i])
     pixels = []
     for py in range(height):
         for px in range(width):
@@ -32,7 +34,7 @@ def composite_slowly(
             chosen = []
             transmittance = 1.0
             for i in nearest_first:
-                if not in_tile(means[i].tolist(), int(radii[i]), px // 16, py // 16):
+                if not in_tile(means[i].tolist(), sides[i], px // 16, py // 16):
                     continue
                 alpha = alpha_at(means[i], conics[i], opacities[i], px + 0.5, py + 0.5)
                 if alpha is None:
@@ -66,9 +68,9 @@ def alpha_at(mean: Tensor, conic: Tensor, opacity: Tensor, x: float, y: float) -
     return alpha if alpha <= 0.999 else torch.tensor(0.999, dtype=mean.dtype)
 
 
-def in_tile(mean: list[float], radius: int, tile_x: int, tile_y: int) -> bool:
+def in_tile(mean: list[float], radii: list[int], tile_x: int, tile_y: int) -> bool:
     """Whether a Gaussian is drawn into a 16 x 16 tile."""
     return all(
         math.floor(m / 16 - radius / 16) <= tile < math.ceil(m / 16 + radius / 16)
-        for m, tile in zip(mean, (tile_x, tile_y), strict=True)
+        for m, radius, tile in zip(mean, radii, (tile_x, tile_y), strict=True)
     )

@@ -35,9 +35,16 @@ def lists(width: int, height: int, *tensors: Tensor) -> dict[int, list[int]]:
     log_size=st.floats(-0.5, 5),
     aspect=st.floats(1, 200),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    per_axis=st.booleans(),
 )
 def test_lists_are_complete_sorted_and_within_gsplats_tiles(
-    seed: int, width: int, height: int, log_size: float, aspect: float, dtype: torch.dtype
+    seed: int,
+    width: int,
+    height: int,
+    log_size: float,
+    aspect: float,
+    dtype: torch.dtype,
+    per_axis: bool,
 ) -> None:
     n = 20
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +57,8 @@ def test_lists_are_complete_sorted_and_within_gsplats_tiles(
     xy = cos * sin * (sharp**2 - long**2)
     det = xx * yy - xy * xy
     conics = torch.stack([yy, -xy, xx], -1) / det[:, None]
-    radii = (3 * torch.maximum(xx, yy).sqrt()).ceil().int() * (uniform[4] > 0.1).int()
+    sides = (3 * torch.stack([xx, yy], -1).sqrt()).ceil().int() * (uniform[4] > 0.1).int()[:, None]
+    radii = sides if per_axis else sides.amax(1)
     depths = (1 + 6 * uniform[5]).round()  # many equal depths
     means2d, conics, opacities, depths = (
         tensor.to(dtype) for tensor in (means2d, conics, uniform[6], depths)
@@ -72,7 +80,8 @@ def test_lists_are_complete_sorted_and_within_gsplats_tiles(
         x, y = block % columns * BLOCK, block // columns * BLOCK
         shows = (alpha[y : y + BLOCK, x : x + BLOCK] >= 1 / 255).any(0).any(0)
         for i in range(n):
-            drawn = radii[i] > 0 and in_tile(means2d[i].tolist(), int(radii[i]), x // 16, y // 16)
+            reach = radii[i].expand(2).tolist()
+            drawn = reach[0] > 0 and in_tile(means2d[i].tolist(), reach, x // 16, y // 16)
             if i in row:
                 assert drawn
             elif drawn:
@@ -106,6 +115,19 @@ def test_tiles_that_the_square_does_not_touch_are_left_out() -> None:
         torch.tensor([3], dtype=torch.int32),
     )
     assert found == {6 * y + x: [0] for y in (2, 3) for x in (2, 3)}
+
+
+def test_a_rectangle_without_an_area_is_left_out() -> None:
+    found = lists(
+        32,
+        32,
+        torch.tensor([[4.0, 4.0]]).expand(3, 2),
+        torch.tensor([[1.0, 0.0, 1.0]]).expand(3, 3),
+        torch.tensor([0.5]).expand(3),
+        torch.tensor([1.0]).expand(3),
+        torch.tensor([[3, 0], [3, 3], [0, 3]], dtype=torch.int32),
+    )
+    assert found == {0: [1]}
 
 
 @pytest.mark.parametrize("far_away", [1e20, -1e20, math.inf])
