@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .projection import PER_AXIS
 from .reference import rasterize_reference
 from .rendering import Rendering, empty_rendering
 
@@ -111,10 +112,9 @@ def _rasterize_gsplat(
         near_plane=near,
         far_plane=far,
         calc_compensations=antialiased,
+        **({"opacities": opacities} if PER_AXIS else {}),
     )
-    largest_radii = radii
-    if radii.dim() == 3:  # gsplat >= 1.5 has one radius per axis
-        largest_radii = radii.amax(-1)
+    largest_radii = radii.amax(-1) if PER_AXIS else radii
     opacities = opacities[None]
     if antialiased:
         opacities = opacities * compensations

@@ -8,7 +8,7 @@ import gsplat.cuda._wrapper
 import pytest
 import torch
 
-from gsscale_nerfstudio.rasterize import gradients, tile_lists
+from gsscale_nerfstudio.rasterize import api, gradients, tile_lists
 from gsscale_nerfstudio.rasterize.api import _rasterize_gsplat
 
 from .scenes import camera, draw, scene
@@ -24,6 +24,8 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
     radii = torch.tensor([[3, 0, 9]], dtype=torch.int32)
 
     def projection(means, covars, quats, scales, viewmats, Ks, width, height, **options):
+        # Not those that the blur lowers: gsplat does that itself.
+        assert not two_radii or options.pop("opacities") is tensors[3]
         asked["projection"] = {"covars": covars, "size": (width, height), **options}
         assert viewmats.shape == (1, 4, 4) and Ks.shape == (1, 3, 3)
         both = torch.stack([radii, radii // 2], -1) if two_radii else radii
@@ -42,6 +44,7 @@ def test_what_gsplat_is_asked_and_how_its_answer_is_read(
         image = (means2d.sum() + conics.sum()) * torch.ones(1, height, width, channels.shape[-1])
         return image, image[..., :1] / 2
 
+    monkeypatch.setattr(api, "PER_AXIS", two_radii)
     monkeypatch.setattr(gsplat.cuda._wrapper, "fully_fused_projection", projection)
     monkeypatch.setattr(gradients, "rasterize_pixels", pixels)
     monkeypatch.setattr(tile_lists, "tile_lists", lists)
