@@ -1,7 +1,8 @@
 """Which Gaussians each tile of an image draws, front to back: what gsplat's rasterizer asks for.
 
 gsplat lists a Gaussian in every tile of a square around its mean, of three standard deviations of
-its longer axis to each side. The rasterizer then passes over the pixels where
+its longer axis to each side (1.5: of a rectangle, see :func:`.projection.project`). The rasterizer
+then passes over the pixels where
 
     min(0.999, opacity exp(-sigma)) < 1/255,  sigma = (a dx^2 + c dy^2) / 2 + b dx dy,
 

@@ -19,6 +19,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gsscale_nerfstudio import rasterize
+from gsscale_nerfstudio.rasterize.projection import PER_AXIS
 from gsscale_nerfstudio.rasterize.tile_lists import SQUARE, TILE, TileLists, tile_lists
 
 from .scenes import Camera, Scene, camera, draw, random_loss, scene
@@ -392,6 +393,8 @@ def test_lists_on_the_gpu_are_fewer_and_in_gsplats_order() -> None:
 
     width, height = 1600, 1201
     given = Splats(*(t.cuda() for t in splats(100_000, width, height, size=2.0, seed=7)))
+    if PER_AXIS:  # one that differs for each axis
+        given = given._replace(radii=torch.stack([given.radii, given.radii // 2], -1))
     columns, rows = -(-width // SQUARE), -(-height // SQUARE)
     ours = tile_lists(*given, width, height)
     _, ids, order = isect_tiles(
