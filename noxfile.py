@@ -57,6 +57,7 @@ QUICK += ["tests/engines/test_equals_dense.py", "tests/engines/test_kernels_comp
 QUICK += ["tests/densify", "tests/images/test_dataset.py"]
 QUICK += ["tests/model/test_features.py", "tests/model/test_streamed.py"]
 QUICK += ["tests/model/test_checkpoint.py", "tests/model/test_splatfacto_exchange.py"]
+QUICK += ["tests/model/test_checkpoint_versions.py"]
 
 DEMO = ["--device", "cpu", "--steps", "20", "--images", "8", "--points", "300"]
 DEMO += ["--image-size", "64", "48"]

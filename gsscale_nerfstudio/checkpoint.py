@@ -32,8 +32,8 @@ def allow_numpy_scalars() -> None:
     Since torch 2.6 it reads tensors and plain values only, unless told otherwise, and refuses what
     splatfacto saves (nerfstudio #3683). numpy 2 renamed the module that pickles name.
     """
-    if not hasattr(torch.serialization, "add_safe_globals"):
-        return  # older torch reads everything
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        return  # it reads everything, and would stumble over names in the list
     allowed: list[Any] = [np.dtype, type(np.dtype(np.float64))]
     # A pickle names the module of the numpy that wrote it; this numpy may be the other one.
     scalar = np.float64(0).__reduce__()[0]

@@ -15,6 +15,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 
 from gsscale_nerfstudio.config import gsscale
 from gsscale_nerfstudio.demo.scene import write_scene
+from gsscale_nerfstudio.store import GROUPS
 from gsscale_nerfstudio.trainer import GSScaleTrainer, GSScaleTrainerConfig
 
 
@@ -55,6 +56,14 @@ def train(config: GSScaleTrainerConfig) -> GSScaleTrainer:
     trainer.setup()
     trainer.train()
     return trainer
+
+
+def rows_of(pipeline: dict, optimizers: dict) -> torch.Tensor:
+    """[n, 3 * 59]: each Gaussian's parameters and moments."""
+    columns = [pipeline[f"_model.gauss_params.{name}"] for name in GROUPS]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        columns += [optimizers[name]["state"][0][moment] for name in GROUPS]
+    return torch.cat([column.detach().flatten(1) for column in columns], dim=1)
 
 
 def seeded(seed: int) -> None:

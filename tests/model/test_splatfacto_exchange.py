@@ -11,11 +11,10 @@ from nerfstudio.engine.trainer import Trainer
 from nerfstudio.models.splatfacto import SplatfactoModel
 
 from gsscale_nerfstudio.model import GSScaleModel
-from gsscale_nerfstudio.store import GROUPS
 from gsscale_nerfstudio.store.order import morton_order
 from tests.model import splatfacto
 from tests.model.splatfacto import splatfacto_config
-from tests.runs import make_config, tiny_scene, train
+from tests.runs import make_config, rows_of, tiny_scene, train
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +26,6 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_the_cpu() -> Iterator[None]:
     with splatfacto.on_the_cpu():
         yield
-
-
-def rows_of(pipeline: dict, optimizers: dict) -> torch.Tensor:
-    """[n, 3 * 59]: each Gaussian's parameters and moments."""
-    columns = [pipeline[f"_model.gauss_params.{name}"] for name in GROUPS]
-    for moment in ("exp_avg", "exp_avg_sq"):
-        columns += [optimizers[name]["state"][0][moment] for name in GROUPS]
-    return torch.cat([column.detach().flatten(1) for column in columns], dim=1)
 
 
 def test_splatfactos_checkpoint_goes_on_in_gsscale(on_the_cpu, scene, tmp_path, capsys):
