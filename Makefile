@@ -1,7 +1,7 @@
 # make demo   train, evaluate and export a small scene, in a fresh virtual environment
 # make docs   the guide, from docs/ into site/; a warning is an error
 # make test   lint, types and tests
-# make compatibility   the oldest versions, in an environment of their own; see noxfile.py
+# make compatibility   the oldest and newest versions, in environments of their own; see noxfile.py
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -25,7 +25,7 @@ test-gpu:
 	pytest tests -m gpu
 
 compatibility: $(INSTALLED)
-	$(BIN)/nox -s "compatibility(oldest)" -- none
+	$(BIN)/nox -s "compatibility(oldest)" "compatibility(newest)" wheels -- none
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

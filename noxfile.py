@@ -3,8 +3,9 @@
     nox --list
     nox -s "compatibility(oldest)"
     nox -s "compatibility(newest)" -- tests/model   # other tests than the quick; `none`: none
+    nox -s wheels
 
-An environment takes gigabytes, and nothing of it is shared with another one. No GPU is used.
+An environment of a set takes gigabytes, and nothing of it is shared with another. No GPU is used.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ QUICK += ["tests/model/test_checkpoint_versions.py"]
 DEMO = ["--device", "cpu", "--steps", "20", "--images", "8", "--points", "300"]
 DEMO += ["--image-size", "64", "48"]
 
+WHEELS = {
+    f"cp{python}-manylinux_{machine}"
+    for python in ("310", "311", "312")
+    for machine in ("x86_64", "aarch64")
+}
+
 
 @nox.session
 @nox.parametrize("python,versions", SETS)
@@ -88,3 +95,13 @@ def compatibility(session: nox.Session, versions: list[str]) -> None:
     session.run("gsscale-demo", *DEMO, "--output-dir", str(folder / "demo"), env=environment)
     if session.posargs != ["none"]:
         session.run("pytest", "-q", *(session.posargs or QUICK), env=environment)
+
+
+@nox.session(python="3.12")
+def wheels(session: nox.Session) -> None:
+    """cibuildwheel lists the wheels that it would make; making them takes Docker."""
+    session.install("cibuildwheel>=3")
+    asked = ("cibuildwheel", "--print-build-identifiers", "--platform", "linux")
+    listed = str(session.run(*asked, silent=True)).split()
+    if set(listed) != WHEELS:
+        session.error(f"cibuildwheel would make {listed}, not {sorted(WHEELS)}")
