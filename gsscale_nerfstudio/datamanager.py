@@ -101,6 +101,11 @@ class GSScaleDatamanager(FullImageDatamanager):
                 "--pipeline.datamanager.image-memory-gb bounds nothing when all images are cached; "
                 f"leave it out, or --pipeline.datamanager.cache-images {config.cache_images}"
             )
+        if config.image_memory_gb is not None and not config.image_memory_gb > 0:
+            raise GSScaleError(
+                "--pipeline.datamanager.image-memory-gb is memory for images, in 10^9 bytes: more "
+                f"than 0, not {config.image_memory_gb:g}"
+            )
         if config.max_thread_workers is not None and config.max_thread_workers < 1:
             raise GSScaleError(
                 "--pipeline.datamanager.max-thread-workers is the number of threads that read "
@@ -376,14 +381,42 @@ def _explained(data: Any, *others: type[Exception]) -> Iterator[None]:
         raise  # a RuntimeError that explains itself
     except surprises as error:
         raise GSScaleError(
-            f"the data set {data} could not be loaded ({type(error).__name__}: {error}); check "
-            "that the folder exists, that it has at least one image with a pose, that its images "
-            "are there, whole, and as large as their cameras say, that its format is the one "
-            "named on the command line (nerfstudio-data, colmap, blender-data, ...), that lists of "
-            "filenames are there for train, val and test alike (elsewhere, with --pipeline."
-            "datamanager.train-list and eval-list, one or two are enough), and that Nerfstudio "
-            "knows its camera model (for others, `colmap image_undistorter` makes pinholes)"
+            f"the data set {data} could not be loaded ({type(error).__name__}: {error}); "
+            f"{_remedy(Path(data), error)}"
         ) from error
+
+
+def _remedy(folder: Path, error: Exception) -> str:
+    """What to do about a data set that could not be loaded."""
+    if not folder.exists():
+        return "check the folder that --data names, seen from the current one"
+    if isinstance(error, FileNotFoundError) and "transforms.json" in str(error):
+        # What nerfstudio-data begins with. Users of COLMAP forget that theirs is another format.
+        for model in ("sparse/0", "colmap/sparse/0", "sparse", "."):
+            if any((folder / model / f"cameras.{suffix}").exists() for suffix in ("bin", "txt")):
+                return (
+                    "it is COLMAP's; end the command with `colmap --colmap-path "
+                    f"{model}`, after all other flags"
+                )
+        if (folder / "transforms_train.json").exists():
+            return "end the command with `blender-data`, after all other flags"
+        return (
+            "check that --data names the folder of the scene, and name its format at the end of "
+            "the command if it is another than nerfstudio-data (colmap, blender-data, ...)"
+        )
+    if "Colmap path" in str(error):
+        return (
+            "give --colmap-path, after `colmap`, the folder of cameras.bin or cameras.txt, seen "
+            "from that of --data; mostly it is sparse/0"
+        )
+    return (
+        "check that it has at least one image with a pose, that its images are there, whole, and "
+        "as large as their cameras say, that its format is the one named on the command line "
+        "(nerfstudio-data, colmap, blender-data, ...), that lists of filenames are there for "
+        "train, val and test alike (elsewhere, with --pipeline.datamanager.train-list and "
+        "eval-list, one or two are enough), and that Nerfstudio knows its camera model (for "
+        "others, `colmap image_undistorter` makes pinholes)"
+    )
 
 
 def check_cameras(dataset: InputDataset) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +47,25 @@ class ImageDataset(InputDataset):
         if self.scale_factor == 1.0 and _is_plain_jpeg(file) and same_as_pillow():
             return _decoded(np.fromfile(file, np.uint8), file)
         return super().get_numpy_image(image_idx)
+
+    def get_data(
+        self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32"
+    ) -> dict[str, Any]:
+        """An image, and its mask if it has one, under Nerfstudio's names.
+
+        Raises:
+            OSError: one of them is missing, truncated or no image, or they differ in size; the
+                message names the file.
+        """
+        try:
+            return super().get_data(image_idx, image_type)
+        except (AssertionError, OSError, SyntaxError, ValueError) as error:
+            # Most of Pillow's messages do not say which file it was (SyntaxError is a PNG's).
+            masks, said = self._dataparser_outputs.mask_filenames, str(error)
+            files = [self.image_filenames[image_idx], *([masks[image_idx]] if masks else [])]
+            if any(str(file) in said for file in files):
+                raise
+            raise OSError(f"{' or '.join(map(str, files))}: {said}") from error
 
 
 @cache
