@@ -78,12 +78,15 @@ class HostStore:
         if max_rows is not None:
             needed, limit = max_rows * self.row_bytes, memory_limit()
             if max_rows < 1:
-                raise GSScaleError(f"max-gaussians must be at least 1, not {max_rows}")
+                raise GSScaleError(
+                    "--pipeline.model.max-gaussians is the largest number of Gaussians: 1 or more, "
+                    f"not {max_rows}"
+                )
             if needed > limit:
                 raise GSScaleError(
                     f"{max_rows:,} Gaussians need {needed / 2**30:.1f} GiB of host memory and this "
                     f"machine (or its container) has {limit / 2**30:.1f} GiB; lower "
-                    f"--pipeline.model.max-gaussians to at most {limit // self.row_bytes:,}"
+                    "--pipeline.model.max-gaussians, or leave it out: training takes as many as fit"
                 )
         self.capacity = max_rows or UNBOUNDED_ROWS
         types = (torch.float32, layout.moments, layout.moments)
