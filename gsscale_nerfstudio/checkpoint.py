@@ -163,9 +163,22 @@ def require_whole(path: Path) -> None:
         raise GSScaleError(f"the checkpoint {path} is {state}; {_others(path)}")
 
 
+def require_some(folder: Path) -> None:
+    """Check a folder of checkpoints that the user named.
+
+    Raises:
+        GSScaleError: there is none.
+    """
+    if not _named_in(folder):
+        raise GSScaleError(
+            f"there is no checkpoint in {folder}; give --load-dir the folder nerfstudio_models of "
+            "a run, as outputs/.../nerfstudio_models"
+        )
+
+
 def _others(path: Path) -> str:
     """What to load instead of a checkpoint."""
     others = [step for step in steps_in(path.parent) if path_of(path.parent, step) != path]
     if not others:
-        return "there is no other whole checkpoint beside it"
+        return "there is no other whole checkpoint beside it: give that of another run"
     return f"load another one with --load-step ({', '.join(map(str, others))})"

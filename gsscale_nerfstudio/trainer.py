@@ -157,6 +157,7 @@ class GSScaleTrainer(Trainer):
         """
         config = self.config
         if config.load_dir is not None:
+            checkpoint.require_some(config.load_dir)
             if config.load_step is None:
                 config.load_step = checkpoint.newest_step(config.load_dir)
             path = checkpoint.path_of(config.load_dir, config.load_step or 0)

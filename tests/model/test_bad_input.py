@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.engine.optimizers import RAdamOptimizerConfig
 from PIL import Image
 
@@ -53,11 +54,58 @@ def test_image_files_missing(scene, tmp_path, capsys):
 def test_image_file_damaged(scene, tmp_path, capsys):
     image = sorted((scene / "images").iterdir())[1]
     image.write_bytes(image.read_bytes()[:100])
-    ends_with_a_sentence(make_config(scene, tmp_path), capsys, "could not be loaded", "whole")
+    ends_with_a_sentence(
+        make_config(scene, tmp_path), capsys, "could not be loaded", "whole", image.name
+    )
+
+
+def test_mask_damaged(scene, tmp_path, capsys):
+    def masked(content):
+        content["frames"][1]["mask_path"] = "mask.png"
+        for frame in content["frames"]:
+            frame.setdefault("mask_path", "white.png")
+
+    edit_json(scene, masked)
+    with Image.open(next((scene / "images").iterdir())) as image:
+        Image.new("L", image.size, 255).save(scene / "white.png")
+        Image.effect_noise(image.size, 99).save(scene / "mask.png")
+    (scene / "mask.png").write_bytes((scene / "mask.png").read_bytes()[:100])
+    ends_with_a_sentence(make_config(scene, tmp_path), capsys, "could not be loaded", "mask.png")
 
 
 def test_no_such_folder(tmp_path, capsys):
-    ends_with_a_sentence(make_config(tmp_path / "nowhere", tmp_path), capsys, "nowhere")
+    ends_with_a_sentence(make_config(tmp_path / "nowhere", tmp_path), capsys, "nowhere", "--data")
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [
+        ("sparse/0/cameras.bin", "`colmap --colmap-path sparse/0`"),
+        ("colmap/sparse/0/cameras.txt", "`colmap --colmap-path colmap/sparse/0`"),
+        ("transforms_train.json", "`blender-data`"),
+        ("README", "name its format"),
+    ],
+)
+def test_another_format_than_the_one_named(file, words, tmp_path, capsys):
+    path = tmp_path / "scene" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    ends_with_a_sentence(make_config(tmp_path / "scene", tmp_path), capsys, words)
+
+
+def test_colmap_model_elsewhere(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.pipeline.datamanager.dataparser = ColmapDataParserConfig(data=scene)
+    ends_with_a_sentence(config, capsys, "--colmap-path", "sparse/0")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan")])
+def test_memory_that_is_not_positive(wrong, scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path, vram_budget_gb=wrong)
+    ends_with_a_sentence(config, capsys, "vram-budget-gb", "more than 0")
+    config = make_config(scene, tmp_path)
+    config.pipeline.datamanager.image_memory_gb = wrong
+    ends_with_a_sentence(config, capsys, "image-memory-gb", "more than 0")
 
 
 def test_camera_without_pixels(scene, tmp_path, capsys):
@@ -101,6 +149,8 @@ def test_a_camera_that_sees_nothing_works(scene, tmp_path):
 def test_too_little_host_memory(scene, tmp_path, capsys):
     config = make_config(scene, tmp_path, max_gaussians=10**11)
     ends_with_a_sentence(config, capsys, "GiB of host memory", "lower --pipeline.model.max-gauss")
+    config = make_config(scene, tmp_path, max_gaussians=-5)
+    ends_with_a_sentence(config, capsys, "--pipeline.model.max-gaussians", "1 or more, not -5")
 
 
 def test_capacity_below_the_point_cloud(scene, tmp_path, capsys):
@@ -198,6 +248,12 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(scene, tmp_path, caps
     none = make_config(scene, tmp_path / "none", steps=2)
     none.load_dir = folder
     ends_with_a_sentence(none, capsys, "can be read")
+
+
+def test_resuming_from_a_folder_without_checkpoints(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.load_dir = tmp_path
+    ends_with_a_sentence(config, capsys, str(tmp_path), "--load-dir", "nerfstudio_models")
 
 
 def test_a_failed_save_keeps_the_checkpoint_before(scene, tmp_path, monkeypatch):
