@@ -45,11 +45,15 @@ class Export:
 
         Raises:
             GSScaleError: the file's name is of no known format or it could not be written, the
-                box is incomplete, or the run is of another kind.
+                box is incomplete or empty, or there is no such run, or it is of another kind.
         """
         box = self.box()
         _check_name(self.output)
-        _, pipeline, _, _ = eval_setup(self.load_config, test_mode="inference")
+        try:
+            _, pipeline, _, _ = eval_setup(self.load_config, test_mode="inference")
+        except Exception:
+            _check_config(self.load_config)
+            raise
         if not isinstance(pipeline.model, SplatfactoModel):
             raise GSScaleError(f"{self.load_config} is no run of gsscale or splatfacto")
         written, of = write(pipeline.model, self.output, self.color, box)
@@ -64,6 +68,11 @@ class Export:
             raise GSScaleError(
                 "a box needs all of --obb-center, --obb-rotation and --obb-scale; give the missing "
                 "ones, or none"
+            )
+        if not all(edge > 0 for edge in self.obb_scale or ()):
+            raise GSScaleError(
+                "--obb-scale is the lengths of a box's edges: each more than 0, not "
+                f"{' '.join(f'{edge:g}' for edge in self.obb_scale or ())}"
             )
         return OrientedBox.from_params(*parts)  # type: ignore[arg-type]
 
@@ -81,10 +90,16 @@ def write(
         How many were written, and how many there are.
 
     Raises:
-        GSScaleError: the name is of no known format, or the file could not be written.
+        GSScaleError: the name is of no known format, nothing is inside of the box, or the file
+            could not be written.
     """
     _check_name(path)
     gaussians = Gaussians(model, box)
+    if box is not None and gaussians.count == 0:
+        raise GSScaleError(
+            "no Gaussian is inside of the box, and nothing was written; give --obb-center and "
+            "--obb-scale in the coordinates of the viewer, whose Export tab has them for a crop box"
+        )
     write_to = _WRITERS[path.suffix.lower()]
     try:
         with (
@@ -108,6 +123,20 @@ def _check_name(path: Path) -> None:
             f"{path.name} names no format that can be written; let --output end in "
             f"{' or '.join(_WRITERS)}"
         )
+
+
+def _check_config(path: Path) -> None:
+    if not path.is_file():
+        raise GSScaleError(
+            f"there is no file {path}; give --load-config the config.yml of a run, as "
+            "outputs/.../config.yml"
+        )
+    with path.open("rb") as file:
+        if not file.read(20).startswith(b"!!python/object"):
+            raise GSScaleError(
+                f"{path} is no config.yml of a run; it is in the run's folder, as "
+                "outputs/.../config.yml"
+            )
 
 
 def entrypoint() -> None:

@@ -86,3 +86,23 @@ def test_wrong_input_is_told(run, tmp_path: Path):
     with pytest.raises(GSScaleError, match=r"folder\.ply.*another --output"):
         Export(tmp_path, output=tmp_path / "folder.ply").main()
     assert [path.name for path in tmp_path.iterdir()] == ["folder.ply"]
+
+
+def test_a_box_with_nothing_inside_is_refused(run, tmp_path: Path):
+    run(trained(50, 1))
+    box = {"obb_center": (900.0, 0.0, 0.0), "obb_rotation": (0.0, 0.0, 0.0)}
+    with pytest.raises(GSScaleError, match="no Gaussian is inside"):
+        Export(tmp_path, output=tmp_path / "a.ply", obb_scale=(1.0, 1.0, 1.0), **box).main()
+    with pytest.raises(GSScaleError, match="more than 0, not -1 1 1"):
+        Export(tmp_path, output=tmp_path / "a.ply", obb_scale=(-1.0, 1.0, 1.0), **box).main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[1, 2"])
+def test_what_is_no_run_is_refused(content, tmp_path: Path):
+    config = tmp_path / "config.yml"
+    if content is not None:
+        config.write_text(content)
+    for path in (config, tmp_path):
+        with pytest.raises(GSScaleError, match=r"outputs/\.\.\./config\.yml"):
+            Export(path).main()
