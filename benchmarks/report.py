@@ -77,7 +77,9 @@ KINDS = {
         viewer.LEGEND,
     ),
 }
-"""In the order of the page.
+"""In the order of the page."""
+
+SCENES = """
 ## Scenes
 
 | name | what | images | starts from |
@@ -148,7 +150,7 @@ def page(folder: Path) -> str:
         steps += [f"\n{kind.legend}\n"] if of_kind else []
     if not sections and not steps:
         return HEAD + EMPTY
-    return "".join([HEAD, LEGEND, *sections, *([SINGLE_STEPS, *steps] if steps else [])])
+    return "".join([HEAD, LEGEND, SCENES, *sections, *([SINGLE_STEPS, *steps] if steps else [])])
 
 
 def kind_section(name: str, report: dict[str, Any], kind: Kind) -> str:
