@@ -14,6 +14,8 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image, JpegImagePlugin
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from gsscale_nerfstudio.errors import GSScaleError
+
 _SUBSAMPLINGS = (0, 1, 2)
 """4:4:4, 4:2:2 and 4:2:0, in Pillow's counting: what both decoders are compared on."""
 
@@ -54,18 +56,15 @@ class ImageDataset(InputDataset):
         """An image, and its mask if it has one, under Nerfstudio's names.
 
         Raises:
-            OSError: one of them is missing, truncated or no image, or they differ in size; the
-                message names the file.
+            GSScaleError: one of them is missing, truncated or no image, or they differ in size.
         """
         try:
             return super().get_data(image_idx, image_type)
-        except (AssertionError, OSError, SyntaxError, ValueError) as error:
-            # Most of Pillow's messages do not say which file it was (SyntaxError is a PNG's).
-            masks, said = self._dataparser_outputs.mask_filenames, str(error)
-            files = [self.image_filenames[image_idx], *([masks[image_idx]] if masks else [])]
-            if any(str(file) in said for file in files):
-                raise
-            raise OSError(f"{' or '.join(map(str, files))}: {said}") from error
+        except Exception as error:  # decoders raise almost anything, and seldom name the file
+            raise GSScaleError(
+                f"the image {self.image_filenames[image_idx]} or its mask could not be read "
+                f"({type(error).__name__}: {error}); mend the file, or take it out of the data set"
+            ) from error
 
 
 @cache

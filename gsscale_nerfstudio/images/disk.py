@@ -108,7 +108,9 @@ class DiskImages:
         def read(index: int) -> Data:
             try:
                 return undistorted(dataset, cameras, index, image_type)
-            except Exception as error:  # decoders raise almost anything
+            except GSScaleError:
+                raise
+            except Exception as error:
                 raise GSScaleError(
                     f"the image {dataset.image_filenames[index]} or its mask could not be read "
                     f"({type(error).__name__}: {error}); mend the file, or take it out of the "

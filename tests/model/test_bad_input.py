@@ -54,9 +54,7 @@ def test_image_files_missing(scene, tmp_path, capsys):
 def test_image_file_damaged(scene, tmp_path, capsys):
     image = sorted((scene / "images").iterdir())[1]
     image.write_bytes(image.read_bytes()[:100])
-    ends_with_a_sentence(
-        make_config(scene, tmp_path), capsys, "could not be loaded", "whole", image.name
-    )
+    ends_with_a_sentence(make_config(scene, tmp_path), capsys, image.name, "mend the file")
 
 
 def test_mask_damaged(scene, tmp_path, capsys):
@@ -70,7 +68,8 @@ def test_mask_damaged(scene, tmp_path, capsys):
         Image.new("L", image.size, 255).save(scene / "white.png")
         Image.effect_noise(image.size, 99).save(scene / "mask.png")
     (scene / "mask.png").write_bytes((scene / "mask.png").read_bytes()[:100])
-    ends_with_a_sentence(make_config(scene, tmp_path), capsys, "could not be loaded", "mask.png")
+    name = next((scene / "images").glob("*_0001*")).name
+    ends_with_a_sentence(make_config(scene, tmp_path), capsys, name, "its mask", "mend the file")
 
 
 def test_no_such_folder(tmp_path, capsys):
