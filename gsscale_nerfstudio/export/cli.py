@@ -34,7 +34,8 @@ class Export:
     color: Literal["sh", "rgb"] = "sh"
     """sh: spherical harmonics. rgb: one colour per Gaussian (.ply: as red, green and blue)."""
     obb_center: tuple[float, float, float] | None = None
-    """Centre of a box; Gaussians outside of it are left out. Needs the other two as well."""
+    """Centre of a box, as in the viewer's crop box; Gaussians outside of it are left out. Needs the
+    other two as well. A box with none inside is refused."""
     obb_rotation: tuple[float, float, float] | None = None
     """Its roll, pitch and yaw, in radians."""
     obb_scale: tuple[float, float, float] | None = None
@@ -97,8 +98,8 @@ def write(
     gaussians = Gaussians(model, box)
     if box is not None and gaussians.count == 0:
         raise GSScaleError(
-            "no Gaussian is inside of the box, and nothing was written; give --obb-center and "
-            "--obb-scale in the coordinates of the viewer, whose Export tab has them for a crop box"
+            "no Gaussian is inside of the box, and nothing was written; give the box as the "
+            "viewer has it: set a crop box there, and its Export tab shows these flags"
         )
     write_to = _WRITERS[path.suffix.lower()]
     try:
