@@ -374,7 +374,7 @@ def _explained(data: Any, *others: type[Exception]) -> Iterator[None]:
         others: errors that are the data's, too, as long as nothing is on the GPU.
     """
     surprises: tuple[type[Exception], ...] = (AssertionError, LookupError, OSError, TypeError)
-    surprises += (ValueError, *others)
+    surprises += (ValueError, EOFError, *others)
     try:
         yield
     except GSScaleError:
@@ -403,6 +403,11 @@ def _remedy(folder: Path, error: Exception) -> str:
         return (
             "check that --data names the folder of the scene, and name its format at the end of "
             "the command if it is another than nerfstudio-data (colmap, blender-data, ...)"
+        )
+    if isinstance(error, EOFError):
+        return (
+            "Nerfstudio asks whether it may make smaller images, and nobody can answer; start the "
+            "command where you can, or end it with --downscale-factor 1 (after `colmap`)"
         )
     if "Colmap path" in str(error):
         return (

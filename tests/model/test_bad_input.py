@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
 from nerfstudio.engine.optimizers import RAdamOptimizerConfig
 from PIL import Image
 
@@ -96,6 +97,14 @@ def test_colmap_model_elsewhere(scene, tmp_path, capsys):
     config = make_config(scene, tmp_path)
     config.pipeline.datamanager.dataparser = ColmapDataParserConfig(data=scene)
     ends_with_a_sentence(config, capsys, "--colmap-path", "sparse/0")
+
+
+def test_a_question_that_nobody_can_answer(scene, tmp_path, capsys, monkeypatch):
+    def ask(*args, **kwargs):
+        raise EOFError("EOF when reading a line")
+
+    monkeypatch.setattr(Nerfstudio, "_generate_dataparser_outputs", ask)
+    ends_with_a_sentence(make_config(scene, tmp_path), capsys, "--downscale-factor 1")
 
 
 @pytest.mark.parametrize("wrong", [0, -1, float("nan")])
