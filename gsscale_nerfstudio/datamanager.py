@@ -106,6 +106,11 @@ class GSScaleDatamanager(FullImageDatamanager):
                 "--pipeline.datamanager.image-memory-gb is memory for images, in 10^9 bytes: more "
                 f"than 0, not {config.image_memory_gb:g}"
             )
+        if not config.camera_res_scale_factor > 0:
+            raise GSScaleError(
+                "--pipeline.datamanager.camera-res-scale-factor is what the sides of images are "
+                f"multiplied by: more than 0, not {config.camera_res_scale_factor:g}"
+            )
         if config.max_thread_workers is not None and config.max_thread_workers < 1:
             raise GSScaleError(
                 "--pipeline.datamanager.max-thread-workers is the number of threads that read "

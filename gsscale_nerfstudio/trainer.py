@@ -32,6 +32,16 @@ class GSScaleTrainerConfig(TrainerConfig):
 
     _target: type = field(default_factory=lambda: GSScaleTrainer)
 
+    def save_config(self) -> None:
+        """Write the run's ``config.yml``, the first file of it."""
+        with readable_errors():
+            try:
+                super().save_config()
+            except OSError as error:
+                raise GSScaleError(
+                    f"could not write to the run's folder: {error}; choose another --output-dir"
+                ) from error
+
     def get_checkpoint_dir(self) -> Path:
         """Folder of this run's checkpoints.
 

@@ -107,8 +107,20 @@ def test_a_question_that_nobody_can_answer(scene, tmp_path, capsys, monkeypatch)
     ends_with_a_sentence(make_config(scene, tmp_path), capsys, "--downscale-factor 1")
 
 
+def test_output_where_nothing_can_be_written(scene, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    config = make_config(scene, tmp_path)
+    config.output_dir = tmp_path / "file"
+    with pytest.raises(SystemExit):
+        config.save_config()
+    assert "choose another --output-dir" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("wrong", [0, -1, float("nan")])
-def test_memory_that_is_not_positive(wrong, scene, tmp_path, capsys):
+def test_amounts_that_are_not_positive(wrong, scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.pipeline.datamanager.camera_res_scale_factor = wrong
+    ends_with_a_sentence(config, capsys, "camera-res-scale-factor", "more than 0")
     config = make_config(scene, tmp_path, vram_budget_gb=wrong)
     ends_with_a_sentence(config, capsys, "vram-budget-gb", "more than 0")
     config = make_config(scene, tmp_path)
