@@ -18,6 +18,11 @@ def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
     Raises:
         GSScaleError: names the setting and what to do.
     """
+    if trainer.config.max_num_iterations < 1:
+        raise GSScaleError(
+            "--max-num-iterations is the number of steps to train: 1 or more, not "
+            f"{trainer.config.max_num_iterations}"
+        )
     for name in GROUPS:
         if not isinstance(optimizers.optimizers[name], DeferredAdam):
             raise GSScaleError(

@@ -85,7 +85,9 @@ def _refuse(config: GSScaleModelConfig) -> None:
             f"--pipeline.model.strategy {other}"
         )
     if config.max_gs_num < 1:
-        raise GSScaleError(f"max-gs-num must be at least 1, not {config.max_gs_num}")
+        raise GSScaleError(
+            f"--pipeline.model.max-gs-num must be at least 1, not {config.max_gs_num}"
+        )
     for name in ("noise_lr", "mcmc_opacity_reg", "mcmc_scale_reg"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise GSScaleError(

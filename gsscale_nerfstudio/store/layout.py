@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.streamed import STREAMS
 
 GROUPS = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
@@ -36,6 +37,9 @@ class RowLayout:
     Args:
         sh_degree: maximum degree of the spherical harmonics, 0 to 4.
         moments: how Adam's moments are stored, float32 or bfloat16.
+
+    Raises:
+        GSScaleError: there is no such degree.
     """
 
     sh_degree: int
@@ -43,7 +47,10 @@ class RowLayout:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sh_degree <= 4:
-            raise ValueError(f"sh_degree must be between 0 and 4, not {self.sh_degree}")
+            raise GSScaleError(
+                "--pipeline.model.sh-degree is the degree of the spherical harmonics: 0 to 4, not "
+                f"{self.sh_degree}"
+            )
 
     @property
     def rest_bases(self) -> int:

@@ -116,6 +116,12 @@ def test_output_where_nothing_can_be_written(scene, tmp_path, capsys):
     assert "choose another --output-dir" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("degree", [-1, 5])
+def test_no_such_sh_degree(degree, scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path, sh_degree=degree)
+    ends_with_a_sentence(config, capsys, "--pipeline.model.sh-degree", "0 to 4")
+
+
 @pytest.mark.parametrize("wrong", [0, -1, float("nan")])
 def test_amounts_that_are_not_positive(wrong, scene, tmp_path, capsys):
     config = make_config(scene, tmp_path)
@@ -219,6 +225,7 @@ def test_duplicate_points_have_a_size(scene, tmp_path):
         (lambda c: setattr(c.optimizers["scales"]["optimizer"], "eps", 0.0), "eps > 0"),
         (lambda c: setattr(c, "mixed_precision", True), "mixed precision"),
         (lambda c: setattr(c, "use_grad_scaler", True), "gradient scaling"),
+        (lambda c: setattr(c, "max_num_iterations", 0), "--max-num-iterations"),
         (lambda c: c.gradient_accumulation_steps.update(means=2), "gradient accumulation"),
     ],
 )
