@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nerfstudio.engine.optimizers import Optimizers
 
 from gsscale_nerfstudio.engines.working_set import LEAVES
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import DeferredAdam
 from gsscale_nerfstudio.store import GROUPS
+
+
+def require_device(device: str) -> None:
+    """Stop before anything is loaded if there is no such device.
+
+    Raises:
+        GSScaleError: it is a GPU, and there is none.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise GSScaleError(
+            "--machine.device-type cuda needs a GPU, and torch finds none (does nvidia-smi? is "
+            "CUDA_VISIBLE_DEVICES empty? was PyTorch built for CUDA?); leave it out to train on "
+            "the CPU"
+        )
 
 
 def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:

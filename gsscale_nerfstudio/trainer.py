@@ -20,6 +20,7 @@ from gsscale_nerfstudio.out_of_memory import no_room_left, retried
 from gsscale_nerfstudio.pipeline import GSScalePipeline
 from gsscale_nerfstudio.random_state import random_state, restore_random_state
 from gsscale_nerfstudio.render_command import adapt_ns_render
+from gsscale_nerfstudio.supported import require_device
 from gsscale_nerfstudio.undo import Undo
 
 RESUME = "gsscale"
@@ -74,6 +75,7 @@ class GSScaleTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         with readable_errors():
+            require_device(self.device)
             super().setup(test_mode)
 
     def train(self) -> None:

@@ -116,6 +116,13 @@ def test_output_where_nothing_can_be_written(scene, tmp_path, capsys):
     assert "choose another --output-dir" in " ".join(capsys.readouterr().out.split())
 
 
+def test_no_gpu(scene, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = make_config(scene, tmp_path)
+    config.machine.device_type = "cuda"
+    ends_with_a_sentence(config, capsys, "--machine.device-type cuda", "nvidia-smi")
+
+
 @pytest.mark.parametrize("degree", [-1, 5])
 def test_no_such_sh_degree(degree, scene, tmp_path, capsys):
     config = make_config(scene, tmp_path, sh_degree=degree)
