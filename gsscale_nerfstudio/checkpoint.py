@@ -14,6 +14,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from gsscale_nerfstudio import streamed
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.files import whole_file
+from gsscale_nerfstudio.versions import installed
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
@@ -32,7 +33,7 @@ def allow_numpy_scalars() -> None:
     Since torch 2.6 it reads tensors and plain values only, unless told otherwise, and refuses what
     splatfacto saves (nerfstudio #3683). numpy 2 renamed the module that pickles name.
     """
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+    if installed("torch") < (2, 6):
         return  # it reads everything, and would stumble over names in the list
     allowed: list[Any] = [np.dtype, type(np.dtype(np.float64))]
     # A pickle names the module of the numpy that wrote it; this numpy may be the other one.

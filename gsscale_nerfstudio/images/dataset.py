@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -58,13 +60,26 @@ class ImageDataset(InputDataset):
         Raises:
             GSScaleError: one of them is missing, truncated or no image, or they differ in size.
         """
-        try:
+        with naming(self.image_filenames[image_idx]):
             return super().get_data(image_idx, image_type)
-        except Exception as error:  # decoders raise almost anything, and seldom name the file
-            raise GSScaleError(
-                f"the image {self.image_filenames[image_idx]} or its mask could not be read "
-                f"({type(error).__name__}: {error}); mend the file, or take it out of the data set"
-            ) from error
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors of reading an image name its file: decoders raise almost anything, and seldom say.
+
+    Raises:
+        GSScaleError: instead of another error.
+    """
+    try:
+        yield
+    except GSScaleError:
+        raise  # it is named already
+    except Exception as error:
+        raise GSScaleError(
+            f"the image {file} or its mask could not be read ({type(error).__name__}: {error}); "
+            "mend the file, or take it out of the data set"
+        ) from error
 
 
 @cache

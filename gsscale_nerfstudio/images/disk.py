@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.images.dataset import naming
 from gsscale_nerfstudio.images.lens import undistort_cameras, undistorted
 
 Data = dict[str, Any]
@@ -106,16 +107,8 @@ class DiskImages:
         undistort_cameras(dataset.cameras)
 
         def read(index: int) -> Data:
-            try:
+            with naming(dataset.image_filenames[index]):
                 return undistorted(dataset, cameras, index, image_type)
-            except GSScaleError:
-                raise
-            except Exception as error:
-                raise GSScaleError(
-                    f"the image {dataset.image_filenames[index]} or its mask could not be read "
-                    f"({type(error).__name__}: {error}); mend the file, or take it out of the "
-                    "data set"
-                ) from error
 
         return cls(read, sizes, budget, threads, page_lock)
 

@@ -5,21 +5,13 @@ The reference takes more time and memory; gradients and values are the same.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 from torch import Tensor
+
+from gsscale_nerfstudio.versions import installed
 
 from .reference import WINDOW_SIZE, photometric_loss_reference
 
-
-def _triton_version() -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in version("triton").split(".")[:2])
-    except PackageNotFoundError:
-        return (0,)
-
-
-FUSED = _triton_version() >= (3, 4)
+FUSED = installed("triton") >= (3, 4)
 """Whether this Triton compiles the kernels. They keep running sums in tuples and take weights from
 one, which earlier versions (of PyTorch up to 2.7) cannot."""
 

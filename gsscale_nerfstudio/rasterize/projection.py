@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gsscale_nerfstudio.versions import installed
+
 from .block_lists import MIN_ALPHA
 
-PER_AXIS = tuple(map(int, version("gsplat").split(".")[:2])) >= (1, 5)
+PER_AXIS = installed("gsplat") >= (1, 5)
 """Whether the installed gsplat draws a Gaussian into a rectangle, by its opacity, not a square."""
 
 BLUR = 0.3
