@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.plan import PlanError, check_sharing
+from benchmarks.plan import PlanError
 from benchmarks.scene import dataparser_arguments
+from benchmarks.sharing import SharedGpu
 
 if TYPE_CHECKING:
     from benchmarks.fixed_rows import FixedScene
 
 
 @dataclass
-class MadeUpArgs:
+class MadeUpArgs(SharedGpu):
     """What to train."""
 
     scene: Path
@@ -33,14 +34,6 @@ class MadeUpArgs:
     """Share of them that a view sees on average, at most."""
     engine: str = "auto"
     """Engine of gsscale."""
-    cap_gb: float | None = None
-    """GPU memory that this process may have in all, as on a card of this size."""
-    turns: Path | None = None
-    """Folder shared with other benchmarks that use the same GPU at the same time: steps are made
-    while all of their runs wait (``turns.py``)."""
-    cuda_gb: float | None = None
-    """What CUDA takes of --cap-gb before anything is allocated: it can't be seen where others are
-    on the GPU, too."""
     seed: int = 42
     """Seed of rows and training."""
     overrides: tuple[str, ...] = ()
@@ -56,7 +49,7 @@ class MadeUpArgs:
         """Raise on arguments that would only fail minutes later."""
         if self.rows < 1:
             raise PlanError("--rows must be at least 1")
-        check_sharing(self.turns, self.cap_gb, self.cuda_gb)
+        self.check_sharing()
         if self.output is not None and self.output.exists():
             raise PlanError(f"{self.output} exists: name another --output")
         dataparser_arguments(self.scene, list(self.dataparser_overrides))
@@ -78,9 +71,7 @@ class MadeUpArgs:
         words = ["python", f"benchmarks/{script}", "--scene", self.scene.resolve().name]
         words += ["--rows", f"{self.rows:g}", "--visible", str(self.visible), *map(str, own)]
         words += ["--engine", self.engine, "--seed", str(self.seed)]
-        words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
-        words += ["--cuda-gb", str(self.cuda_gb)] if self.cuda_gb is not None else []
-        words += ["--turns", "DIR"] if self.turns is not None else []
+        words += self.sharing_words(recorded=True)
         words += ["--overrides", *self.overrides] if self.overrides else []
         if self.dataparser_overrides:
             words += ["--dataparser-overrides", *self.dataparser_overrides]

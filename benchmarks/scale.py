@@ -26,6 +26,7 @@ from benchmarks import machine as machine_info
 from benchmarks.children import Outcome, run_all
 from benchmarks.cli import say, show
 from benchmarks.plan import PlanError
+from benchmarks.sharing import SharedGpu
 from benchmarks.step import Command, StepArgs, child_command
 from benchmarks.step_table import gb, text
 from benchmarks.tables import MISSING, TextTable, describe_machine
@@ -43,7 +44,7 @@ HOST_WORK = ("step_s", "gather_s", "cull_s", "spheres_s", "admit_s", "expect_s")
 
 
 @dataclass
-class ScaleArgs:
+class ScaleArgs(SharedGpu):
     """Measure the training step of several methods at several numbers of rows."""
 
     scene: Path
@@ -57,14 +58,6 @@ class ScaleArgs:
     """Share of the Gaussians that a view sees on average."""
     methods: tuple[str, ...] = ("gsscale-host", "gsscale-resident")
     """As those of step.py."""
-    cap_gb: float | None = None
-    """GPU memory that each process may have in all, as on a card of this size."""
-    turns: Path | None = None
-    """Folder shared with other benchmarks that use the same GPU at the same time: steps are made
-    while all of their runs wait (``turns.py``)."""
-    cuda_gb: float | None = None
-    """What CUDA takes of --cap-gb before anything is allocated: it can't be seen where others are
-    on the GPU, too."""
     steps: int = 100
     """Timed steps."""
     warmup: int = 30
@@ -126,9 +119,7 @@ class ScaleArgs:
         else:
             words += ["--visible-rows", f"{self.visible_rows:g}"]
         words += ["--methods", *self.methods]
-        words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
-        words += ["--cuda-gb", str(self.cuda_gb)] if self.cuda_gb is not None else []
-        words += ["--turns", "DIR"] if self.turns is not None else []
+        words += self.sharing_words(recorded=True)
         words += ["--steps", str(self.steps), "--warmup", str(self.warmup)]
         words += ["--seed", str(self.seed)]
         words += ["--overrides", *self.overrides] if self.overrides else []

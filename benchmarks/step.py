@@ -26,8 +26,9 @@ from rich.markup import escape
 from benchmarks import cli, overrides, results, step_table
 from benchmarks import machine as machine_info
 from benchmarks.children import Files, Outcome, run_all, tail
-from benchmarks.plan import PlanError, RunSpec, check_sharing
+from benchmarks.plan import PlanError, RunSpec
 from benchmarks.scene import dataparser_arguments
+from benchmarks.sharing import SharedGpu
 
 KIND = "step"
 CHILD = Path(__file__).resolve().with_name("step_child.py")
@@ -43,7 +44,7 @@ NEED_CUDA = ("splatfacto", "gsplat")
 
 
 @dataclass
-class StepArgs:
+class StepArgs(SharedGpu):
     """Measure the training step of several methods at a fixed number of rows."""
 
     scene: Path
@@ -58,14 +59,6 @@ class StepArgs:
     budget_gb: float | None = None
     """GPU memory that gsscale may use (--pipeline.model.vram-budget-gb). Unset: the cap, if there
     is one, or the default."""
-    cap_gb: float | None = None
-    """GPU memory that each method's process may have in all, as on a card of this size."""
-    turns: Path | None = None
-    """Folder shared with other benchmarks that use the same GPU at the same time: steps are made
-    while all of their runs wait (``turns.py``)."""
-    cuda_gb: float | None = None
-    """What CUDA takes of --cap-gb before anything is allocated: it can't be seen where others are
-    on the GPU, too."""
     steps: int = 60
     """Timed steps."""
     warmup: int = 30
@@ -99,7 +92,7 @@ class StepArgs:
         for name, gigabytes in (("budget", self.budget_gb), ("cap", self.cap_gb)):
             if gigabytes is not None and not gigabytes > 0:
                 raise PlanError(f"--{name}-gb must be positive, not {gigabytes}")
-        check_sharing(self.turns, self.cap_gb, self.cuda_gb)
+        self.check_sharing()
         if self.cap_gb is not None and self.device == "cpu":
             raise PlanError("--cap-gb is of a GPU's memory; leave it out with --device cpu")
         if self.output is not None and self.output.exists():
@@ -125,9 +118,7 @@ class StepArgs:
         words += ["--rows", str(self.rows), "--visible", str(self.visible)]
         words += ["--methods", *self.methods]
         words += ["--budget-gb", str(self.budget_gb)] if self.budget_gb is not None else []
-        words += ["--cap-gb", str(self.cap_gb)] if self.cap_gb is not None else []
-        words += ["--cuda-gb", str(self.cuda_gb)] if self.cuda_gb is not None else []
-        words += ["--turns", "DIR"] if self.turns is not None else []
+        words += self.sharing_words(recorded=True)
         words += ["--steps", str(self.steps), "--warmup", str(self.warmup)]
         words += ["--seed", str(self.seed), "--device", self.device]
         words += ["--overrides", *self.overrides] if self.overrides else []
@@ -148,9 +139,7 @@ def child_command(args: StepArgs) -> Command:
         words += ["--rows", str(args.rows), "--visible", str(args.visible)]
         words += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
         words += ["--seed", str(args.seed), "--device", args.device]
-        words += ["--cap-gb", str(args.cap_gb)] if args.cap_gb is not None else []
-        words += ["--cuda-gb", str(args.cuda_gb)] if args.cuda_gb is not None else []
-        words += ["--turns", str(args.turns)] if args.turns is not None else []
+        words += args.sharing_words(recorded=False)
         words += ["--result", str(files.result), "--progress", str(files.progress)]
         words += ["--scratch", str(args.logs / "placeholder")]
         words += ["--overrides", *spec.overrides] if spec.overrides else []
