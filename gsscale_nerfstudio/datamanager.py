@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,6 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait_in_stream
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.images import (
     DiskImages,
@@ -31,6 +29,9 @@ from gsscale_nerfstudio.images import (
     ImageDataset,
     ListedImages,
     Placement,
+    Uploads,
+    check_cameras,
+    explained,
     place,
 )
 from gsscale_nerfstudio.view_order import reorder, seen_by
@@ -116,7 +117,7 @@ class GSScaleDatamanager(FullImageDatamanager):
                 "--pipeline.datamanager.max-thread-workers is the number of threads that read "
                 f"images: 1 or more, not {config.max_thread_workers}"
             )
-        with _explained(config.data or config.dataparser.data, RuntimeError):
+        with explained(config.data or config.dataparser.data, RuntimeError):
             super().__init__(config, device=device, **kwargs)
         # Put in order like the later ones, when there are rows.
         self._first_epoch, self.train_unseen_cameras = self.train_unseen_cameras, []
@@ -260,7 +261,7 @@ class GSScaleDatamanager(FullImageDatamanager):
         Raises:
             GSScaleError: a file is missing or no image.
         """
-        with _explained(self.config.data):
+        with explained(self.config.data):
             return self._placement
 
     def get_train_rays_per_batch(self) -> int:
@@ -283,7 +284,7 @@ class GSScaleDatamanager(FullImageDatamanager):
     def _load_images(  # type: ignore[override]
         self, split: Literal["train", "eval"], cache_images_device: str
     ) -> list[dict[str, Tensor]] | DiskImages:
-        with _explained(self.config.data):
+        with explained(self.config.data):
             placement = self._placement
             if placement.where == "disk":
                 return self._on_disk(split, placement)
@@ -329,127 +330,3 @@ class GSScaleDatamanager(FullImageDatamanager):
                 "ns-render interpolate --pose-source train, or a camera path"
             )
         return FixedIndicesEvalDataloader(self.eval_dataset, device=self.device)
-
-
-class Uploads:
-    """Copies of one image's tensors to the device, one image ahead of their use.
-
-    Args:
-        device: where they go.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = SideStream(device)
-        self._ahead: tuple[int, dict[str, Any], Mark] | None = None
-
-    def start(self, index: int, data: dict[str, Any]) -> None:
-        """Begin to copy image ``index``; overlaps with the device's work if it is page-locked."""
-        with self._stream.active():
-            self._ahead = index, self._copied(data), self._stream.mark()
-
-    def take(self, index: int, data: dict[str, Any]) -> dict[str, Any]:
-        """The tensors of image ``index`` on the device, in a dictionary of their own."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] != index:
-            return self._copied(data)
-        _, copies, arrived = ahead
-        wait_in_stream(arrived, self._device)
-        for name, copy in copies.items():
-            if isinstance(copy, Tensor) and copy is not data[name]:
-                # Made on the other stream, freed when the current one has used it.
-                copy.record_stream(torch.cuda.current_stream(self._device))
-        return copies
-
-    def _copied(self, data: dict[str, Any]) -> dict[str, Any]:
-        # A copy of the dictionary, too: nobody is to change the cached one.
-        copies = dict(data)
-        for name in ("image", "mask"):
-            if name in data:
-                copies[name] = data[name].to(self._device, non_blocking=True)
-        return copies
-
-
-@contextmanager
-def _explained(data: Any, *others: type[Exception]) -> Iterator[None]:
-    """Nerfstudio's parsers stop where the data surprises them; say which data and what to check.
-
-    Args:
-        data: the user's name of the data.
-        others: errors that are the data's, too, as long as nothing is on the GPU.
-    """
-    surprises: tuple[type[Exception], ...] = (AssertionError, LookupError, OSError, TypeError)
-    surprises += (ValueError, EOFError, *others)
-    try:
-        yield
-    except GSScaleError:
-        raise  # a RuntimeError that explains itself
-    except surprises as error:
-        raise GSScaleError(
-            f"the data set {data} could not be loaded ({type(error).__name__}: {error}); "
-            f"{_remedy(Path(data), error)}"
-        ) from error
-
-
-def _remedy(folder: Path, error: Exception) -> str:
-    """What to do about a data set that could not be loaded."""
-    if not folder.exists():
-        return "check the folder that --data names, seen from the current one"
-    if isinstance(error, FileNotFoundError) and "transforms.json" in str(error):
-        # What nerfstudio-data begins with. Users of COLMAP forget that theirs is another format.
-        for model in ("sparse/0", "colmap/sparse/0", "sparse", "."):
-            if any((folder / model / f"cameras.{suffix}").exists() for suffix in ("bin", "txt")):
-                return (
-                    "it is COLMAP's; end the command with `colmap --colmap-path "
-                    f"{model}`, after all other flags"
-                )
-        if (folder / "transforms_train.json").exists():
-            return "end the command with `blender-data`, after all other flags"
-        return (
-            "check that --data names the folder of the scene, and name its format at the end of "
-            "the command if it is another than nerfstudio-data (colmap, blender-data, ...)"
-        )
-    if isinstance(error, EOFError):
-        return (
-            "Nerfstudio asks whether it may make smaller images, and nobody can answer; start the "
-            "command where you can, or end it with --downscale-factor 1 (after `colmap`)"
-        )
-    if "Colmap path" in str(error):
-        return (
-            "give --colmap-path, after `colmap`, the folder of cameras.bin or cameras.txt, seen "
-            "from that of --data; mostly it is sparse/0"
-        )
-    return (
-        "check that it has at least one image with a pose, that its images are there, whole, and "
-        "as large as their cameras say, that its format is the one named on the command line "
-        "(nerfstudio-data, colmap, blender-data, ...), that lists of filenames are there for "
-        "train, val and test alike (elsewhere, with --pipeline.datamanager.train-list and "
-        "eval-list, one or two are enough), and that Nerfstudio knows its camera model (for "
-        "others, `colmap image_undistorter` makes pinholes)"
-    )
-
-
-def check_cameras(dataset: InputDataset) -> None:
-    """Refuse cameras that have no pixels or no place.
-
-    Raises:
-        GSScaleError: names the first image concerned.
-    """
-    cameras = dataset.cameras
-    if len(cameras) == 0:
-        return  # no held-out images; the training images were checked by Nerfstudio
-    checks = {
-        "has no pixels": ((cameras.width < 1) | (cameras.height < 1)).flatten(),
-        "has a pose that is not finite": ~cameras.camera_to_worlds.isfinite().flatten(1).all(dim=1),
-        "has a focal length that is not positive and finite": ~(
-            (cameras.fx > 0) & (cameras.fy > 0) & cameras.fx.isfinite() & cameras.fy.isfinite()
-        ).flatten(),
-    }
-    for what, wrong in checks.items():
-        if wrong.any():
-            first = dataset.image_filenames[int(wrong.nonzero()[0, 0])]
-            raise GSScaleError(
-                f"the camera of {first} {what} ({int(wrong.sum())} of {len(wrong)} cameras); mend "
-                "or remove it in the data set's transforms.json or COLMAP model. One bad pose "
-                "spoils all if poses are centred (--orientation-method, --center-method)"
-            )

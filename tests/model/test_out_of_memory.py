@@ -19,8 +19,8 @@ from tests.shortage import FailingBackward, Shortage
 STEPS = 18
 
 IN_FORWARD = {
-    "image": "gsscale_nerfstudio.datamanager.Uploads._copied",
-    "next image": "gsscale_nerfstudio.datamanager.Uploads.start",
+    "image": "gsscale_nerfstudio.images.Uploads._copied",
+    "next image": "gsscale_nerfstudio.images.Uploads.start",
     "rasterize": "gsscale_nerfstudio.model.rasterize",
     "loss": "gsscale_nerfstudio.model.photometric_loss",
     "statistics": "gsscale_nerfstudio.model.screen_statistics",

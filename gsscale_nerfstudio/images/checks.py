@@ -1,0 +1,97 @@
+"""What is wrong with a data set, said before the first step: which data, why, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nerfstudio.data.datasets.base_dataset import InputDataset
+
+from gsscale_nerfstudio.errors import GSScaleError
+
+
+@contextmanager
+def explained(data: Any, *others: type[Exception]) -> Iterator[None]:
+    """Nerfstudio's parsers stop where the data surprises them; say which data and what to check.
+
+    Args:
+        data: the user's name of the data.
+        others: errors that are the data's, too, as long as nothing is on the GPU.
+    """
+    surprises: tuple[type[Exception], ...] = (AssertionError, LookupError, OSError, TypeError)
+    surprises += (ValueError, EOFError, *others)
+    try:
+        yield
+    except GSScaleError:
+        raise  # a RuntimeError that explains itself
+    except surprises as error:
+        raise GSScaleError(
+            f"the data set {data} could not be loaded ({type(error).__name__}: {error}); "
+            f"{_remedy(Path(data), error)}"
+        ) from error
+
+
+def _remedy(folder: Path, error: Exception) -> str:
+    """What to do about a data set that could not be loaded."""
+    if not folder.exists():
+        return "check the folder that --data names, seen from the current one"
+    if isinstance(error, FileNotFoundError) and "transforms.json" in str(error):
+        # What nerfstudio-data begins with. Users of COLMAP forget that theirs is another format.
+        for model in ("sparse/0", "colmap/sparse/0", "sparse", "."):
+            if any((folder / model / f"cameras.{suffix}").exists() for suffix in ("bin", "txt")):
+                return (
+                    "it is COLMAP's; end the command with `colmap --colmap-path "
+                    f"{model}`, after all other flags"
+                )
+        if (folder / "transforms_train.json").exists():
+            return "end the command with `blender-data`, after all other flags"
+        return (
+            "check that --data names the folder of the scene, and name its format at the end of "
+            "the command if it is another than nerfstudio-data (colmap, blender-data, ...)"
+        )
+    if isinstance(error, EOFError):
+        return (
+            "Nerfstudio asks whether it may make smaller images, and nobody can answer; start the "
+            "command where you can, or end it with --downscale-factor 1 (after `colmap`)"
+        )
+    if "Colmap path" in str(error):
+        return (
+            "give --colmap-path, after `colmap`, the folder of cameras.bin or cameras.txt, seen "
+            "from that of --data; mostly it is sparse/0"
+        )
+    return (
+        "check that it has at least one image with a pose, that its images are there, whole, and "
+        "as large as their cameras say, that its format is the one named on the command line "
+        "(nerfstudio-data, colmap, blender-data, ...), that lists of filenames are there for "
+        "train, val and test alike (elsewhere, with --pipeline.datamanager.train-list and "
+        "eval-list, one or two are enough), and that Nerfstudio knows its camera model (for "
+        "others, `colmap image_undistorter` makes pinholes)"
+    )
+
+
+def check_cameras(dataset: InputDataset) -> None:
+    """Refuse cameras that have no pixels or no place.
+
+    Raises:
+        GSScaleError: names the first image concerned.
+    """
+    cameras = dataset.cameras
+    if len(cameras) == 0:
+        return  # no held-out images; the training images were checked by Nerfstudio
+    checks = {
+        "has no pixels": ((cameras.width < 1) | (cameras.height < 1)).flatten(),
+        "has a pose that is not finite": ~cameras.camera_to_worlds.isfinite().flatten(1).all(dim=1),
+        "has a focal length that is not positive and finite": ~(
+            (cameras.fx > 0) & (cameras.fy > 0) & cameras.fx.isfinite() & cameras.fy.isfinite()
+        ).flatten(),
+    }
+    for what, wrong in checks.items():
+        if wrong.any():
+            first = dataset.image_filenames[int(wrong.nonzero()[0, 0])]
+            raise GSScaleError(
+                f"the camera of {first} {what} ({int(wrong.sum())} of {len(wrong)} cameras); mend "
+                "or remove it in the data set's transforms.json or COLMAP model. One bad pose "
+                "spoils all if poses are centred (--orientation-method, --center-method)"
+            )
