@@ -16,8 +16,7 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
 
 import torch
 
-from benchmarks.report import markdown
-from benchmarks.tables import TextTable
+from benchmarks.tables import TextTable, markdown
 from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES, FREE_SHARE
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.memory_plan import Circumstances, Gpu, make_plan

@@ -1,4 +1,4 @@
-"""Write ``docs/benchmarks.md`` from ``docs/results/*.json``; ``--check`` only compares.
+"""Write ``docs/benchmarks.md``, and tables of other pages, from ``docs/results/*.json``.
 
 python benchmarks/report.py [--check]
 """
@@ -16,9 +16,20 @@ if __name__ == "__main__":  # as a script: find the package, and let its modules
     sys.path[:] = [*(p for p in sys.path if Path(p).resolve() != _here), str(_here.parent)]
 
 
-from benchmarks import big_training, cli, results, rows, scale, step, step_table, tables, viewer
+from benchmarks import (
+    big_training,
+    cli,
+    inlays,
+    results,
+    rows,
+    scale,
+    step,
+    step_table,
+    tables,
+    viewer,
+)
 from benchmarks.results import Comparison
-from benchmarks.tables import TextTable
+from benchmarks.tables import TextTable, escape_cell, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,14 +134,14 @@ LEGEND = """
 
 @dataclass
 class ReportArgs:
-    """Write docs/benchmarks.md from docs/results/*.json."""
+    """Write docs/benchmarks.md, and tables of the pages beside it, from docs/results/*.json."""
 
     check: bool = False
     """Write nothing; exit with status 1 if the page is not what the files give."""
     results: Path = ROOT / "docs" / "results"
     """Folder with the comparison files."""
     page: Path = ROOT / "docs" / "benchmarks.md"
-    """The page."""
+    """The page; others in its folder have :mod:`benchmarks.inlays`."""
 
 
 def page(folder: Path) -> str:
@@ -156,7 +167,7 @@ def page(folder: Path) -> str:
 def kind_section(name: str, report: dict[str, Any], kind: Kind) -> str:
     """A file that is no comparison: where it comes from, and its tables."""
     lines = ["", f"### {kind.heading(report)}", ""]
-    lines += [f"- Machine: {_escape(tables.describe_machine(report['machine']))}"]
+    lines += [f"- Machine: {escape_cell(tables.describe_machine(report['machine']))}"]
     lines += [f"- Commit: `{report['commit']}`"]
     if report.get("cap_gb") is not None:
         lines += [f"- GPU memory: {report['cap_gb']:g} GB for each process in all"]
@@ -170,7 +181,7 @@ def kind_section(name: str, report: dict[str, Any], kind: Kind) -> str:
 def section(name: str, comparison: Comparison) -> str:
     """One comparison: where it comes from, the summary, the runs."""
     lines = ["", f"## {comparison.scene}, {comparison.steps:,} steps", ""]
-    lines += [f"- Machine: {_escape(tables.describe_machine(comparison.machine))}"]
+    lines += [f"- Machine: {escape_cell(tables.describe_machine(comparison.machine))}"]
     lines += [f"- Commit: `{comparison.commit}`"]
     if comparison.cap_gb is not None:
         lines += [f"- GPU memory: {comparison.cap_gb:g} GB for each run in all"]
@@ -204,16 +215,9 @@ def section(name: str, comparison: Comparison) -> str:
         lines += ["", "Profiled steps, and what the GPU did in them:", "", *markdown(kernels)]
     failed = tables.failures(comparison)
     if failed:
-        lines += ["", "Failed:", "", *[f"- {_escape(sentence)}" for sentence in failed]]
+        lines += ["", "Failed:", "", *[f"- {escape_cell(sentence)}" for sentence in failed]]
     notes = _notes(comparison)
     return "\n".join([*lines, *notes, ""])
-
-
-def markdown(table: TextTable) -> list[str]:
-    """A table in Markdown, numbers to the right."""
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
-    rows = [table.columns, rule, *[[_escape(cell) for cell in row] for row in table.rows]]
-    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _held_out(comparison: Comparison) -> str:
@@ -232,28 +236,29 @@ def _notes(comparison: Comparison) -> list[str]:
         )
     for machine in {tables.describe_machine(r.machine) for r in comparison.runs if r.machine}:
         notes.append(f"Some runs were made on another machine: {machine}.")
-    return ["", *[_escape(note) for note in sorted(notes)]] if notes else []
-
-
-def _escape(text: str) -> str:
-    """A bar would end a table's cell, a line break its row."""
-    return " ".join(text.replace("|", "\\|").split())
+    return ["", *[escape_cell(note) for note in sorted(notes)]] if notes else []
 
 
 def report(args: ReportArgs) -> int:
-    """Write or check the page. Returns the exit status."""
-    text = page(args.results)
-    if not args.check:
-        results.write_text(args.page, text)
-        return 0
-    present = args.page.read_text(encoding="utf-8") if args.page.is_file() else None
-    if present == text:
-        return 0
-    print(
-        f"{args.page} is not what {args.results} gives: run python benchmarks/report.py",
-        file=sys.stderr,
-    )
-    return 1
+    """Write or check the pages. Returns the exit status."""
+    pages = {args.page: page(args.results)}
+    for other in sorted(args.page.parent.glob("*.md")):
+        if other != args.page:
+            pages[other] = inlays.fill(other.read_text(encoding="utf-8"), args.results)
+    status = 0
+    for path, text in pages.items():
+        present = path.read_text(encoding="utf-8") if path.is_file() else None
+        if present == text:
+            continue
+        if not args.check:
+            results.write_text(path, text)
+            continue
+        print(
+            f"{path} is not what {args.results} gives: run python benchmarks/report.py",
+            file=sys.stderr,
+        )
+        status = 1
+    return status
 
 
 def main() -> int:

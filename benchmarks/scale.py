@@ -216,20 +216,17 @@ def table(report: dict[str, Any]) -> TextTable:
     lines = []
     for run in report["runs"]:
         if "error" in run:
-            said = "out of memory" if _of_memory(run["error"]) else "failed"
-            lines.append([run["method"], f"{run['rows']:,}", said] + [MISSING] * 6)
+            lines.append([run["method"], f"{run['rows']:,}", failure(run)] + [MISSING] * 6)
             continue
-        counters = run["counters"] or {}
-        work = [counters[name] for name in HOST_WORK if name in counters]
-        missed = counters["rows_missed"] / counters["rows"] if counters.get("rows") else None
+        work = host_work(run)
         lines.append(
             [
                 run["method"],
                 f"{run['rows']:,}",
                 text(run["ms_median"], "{:.2f}"),
                 text(run["visible_rows"], "{:,.0f}"),
-                text(1e3 * sum(work) if work else None, "{:.1f}"),
-                text(missed, "{:.0%}"),
+                text(1e3 * work if work else None, "{:.1f}"),
+                text(missed(run), "{:.0%}"),
                 *(text(gb(run[f"peak_{what}_bytes"]), "{:.2f}") for what in _PEAKS),
             ]
         )
@@ -237,6 +234,23 @@ def table(report: dict[str, Any]) -> TextTable:
 
 
 _PEAKS = ("gpu_allocated", "gpu_reserved", "host")
+
+
+def host_work(run: dict[str, Any]) -> float | None:
+    """Seconds of a step in which CPU threads were at work; None if nothing was counted."""
+    counters = run["counters"] or {}
+    return sum(counters.get(name, 0.0) for name in HOST_WORK) or None
+
+
+def missed(run: dict[str, Any]) -> float | None:
+    """Share of a view's rows that crossed the link."""
+    counters = run["counters"] or {}
+    return counters["rows_missed"] / counters["rows"] if counters.get("rows") else None
+
+
+def failure(run: dict[str, Any]) -> str:
+    """Why a run has no figures, in a word or three."""
+    return "out of memory" if _of_memory(run["error"]) else "failed"
 
 
 def _of_memory(error: str) -> bool:

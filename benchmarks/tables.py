@@ -20,6 +20,18 @@ class TextTable:
     rows: list[list[str]]
 
 
+def markdown(table: TextTable) -> list[str]:
+    """A table in Markdown, numbers to the right."""
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    rows = [table.columns, rule, *[[escape_cell(cell) for cell in row] for row in table.rows]]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def escape_cell(text: str) -> str:
+    """A bar would end a table's cell, a line break its row."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def run_table(comparison: Comparison) -> TextTable:
     """One row a run."""
     columns = [
