@@ -16,7 +16,7 @@ those that look at it. Pairs of a Gaussian and a tile would then take most of a 
 they are sorted, so it is pairs with gsplat's tiles, here squares, that are, each with four bits for
 its quarters; :mod:`.quarters` makes four lists of each square's.
 
-The host waits for the device once, through torch, and other Python threads run meanwhile.
+The host waits for the device once, and other threads run and reach the device meanwhile.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def tile_lists(
     with torch.cuda.device_of(means2d):
         _count_tiles[grid](*inputs, in_squares, in_tiles, **options)
         ends = in_squares.cumsum(0)
-        total, total_in_tiles = torch.stack([ends[-1], in_tiles.sum()]).tolist()
+        total, total_in_tiles = _read(torch.stack([ends[-1], in_tiles.sum()]))
         if total_in_tiles >= 1 << 31:
             raise GSScaleError(
                 f"a view draws {n:,} Gaussians in {total_in_tiles:,} places, more than 32 bits can "
@@ -145,6 +145,18 @@ def tile_lists(
             offsets.view(square_rows, square_columns), marked, rows, columns, total_in_tiles
         )
     )
+
+
+def _read(values: Tensor) -> list[int]:
+    """The values, once the device has them."""
+    if not values.is_cuda:
+        return values.tolist()
+    # Through page-locked memory. A copy to ordinary memory waits inside of the driver, which keeps
+    # out other threads' calls for as long: an engine's worker took twice its time for a view.
+    on_host = torch.empty_like(values, device="cpu", pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    torch.cuda.current_stream(values.device).record_event().synchronize()
+    return on_host.tolist()
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import time
 from typing import NamedTuple
 
 import pytest
@@ -318,6 +320,36 @@ def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count("tolist")
     tile_lists(*splats(40, 50, 40), 50, 40)
     assert len(waits) == 1
+
+
+@pytest.mark.gpu
+def test_other_threads_reach_the_device_while_the_host_waits() -> None:
+    given = Splats(*(t.cuda() for t in splats(1000, 160, 120)))
+    tile_lists(*given, 160, 120)  # compiled, and its memory there
+    torch.cuda.synchronize()
+    waiting, longest = threading.Event(), [0.0]
+
+    def work_beside() -> None:
+        stream = torch.cuda.Stream()
+        stream.record_event()
+        waiting.wait()
+        while waiting.is_set():
+            start = time.perf_counter()
+            stream.record_event().query()
+            longest[0] = max(longest[0], time.perf_counter() - start)
+            time.sleep(1e-3)
+
+    beside = threading.Thread(target=work_beside)
+    beside.start()
+    waiting.set()
+    torch.cuda._sleep(1_000_000_000)  # half a second
+    start = time.perf_counter()
+    tile_lists(*given, 160, 120)
+    waited = time.perf_counter() - start
+    waiting.clear()
+    beside.join()
+    assert waited > 0.2
+    assert longest[0] < 0.3 * waited
 
 
 def faint(gaussians: Scene) -> Scene:
