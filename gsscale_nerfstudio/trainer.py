@@ -55,8 +55,10 @@ class GSScaleTrainerConfig(TrainerConfig):
         # A resumed run's file of settings names the step of another run that it began with.
         step = self.load_step
         if step is None or not checkpoint.path_of(folder, step).exists():
-            with readable_errors():
+            try:
                 self.load_step = checkpoint.newest_step(folder)
+            except GSScaleError:  # training, which asks, too, begins anew: who loads is to say it
+                self.load_step = None
         return folder
 
 

@@ -188,3 +188,20 @@ def test_the_folder_written_to_does_not_say_what_is_loaded(scene, tmp_path):
     again = own.setup()  # the same timestamp, hence the same folder
     again.setup()
     assert again._start_step == 4
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_can_be_trained_again(scene, tmp_path, capsys):
+    """Under the same name; what loads it ends with a sentence."""
+    config = make_config(scene, tmp_path, steps=2)
+    config.timestamp = "run"
+    path = next(train(config).checkpoint_dir.glob("*.ckpt"))
+    path.write_bytes(path.read_bytes()[:-200])
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.dump(config))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        eval_setup(file, test_mode="inference")
+    assert f"({path.name}: truncated or damaged)" in " ".join(capsys.readouterr().out.split())
+    again = train(config)
+    assert again._start_step == 0 and checkpoint.is_whole(path)
+    assert eval_setup(file, test_mode="inference")[3] == 1
