@@ -76,6 +76,23 @@ def save(state: dict[str, Any], path: Path, scratch: Path) -> None:
         ) from error
 
 
+def remove_others(path: Path) -> None:
+    """Remove all other checkpoints beside ``path``, a whole one.
+
+    Raises:
+        GSScaleError: one of them cannot be removed.
+    """
+    try:
+        for other in path.parent.glob("*.ckpt"):
+            if other != path:
+                other.unlink()
+    except OSError as error:
+        raise GSScaleError(
+            f"could not remove an earlier checkpoint: {error}; keep all with "
+            "--save-only-latest-checkpoint False, or choose another --output-dir"
+        ) from error
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint; its tensors are mapped, and read from the disk as they are used.
 
