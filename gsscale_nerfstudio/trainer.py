@@ -159,6 +159,7 @@ class GSScaleTrainer(Trainer):
         if path is None:
             super()._load_checkpoint()  # which says that there is none
             return
+        checkpoint.remove_unfinished(path.parent.parent)
         state = checkpoint.load(path)
         self._start_step = state["step"] + 1
         self.pipeline.load_pipeline(state["pipeline"], state["step"])
