@@ -25,10 +25,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_scene(tmp_path_factory.mktemp("last words") / "scene")
 
 
-def config_of(scene: Path, output: Path, steps: int = 2 * FAILS) -> Any:
-    """Poses are optimized by Adam of torch, and backgrounds drawn."""
-    config = make_config(scene, output, steps, engine="host", background_color="random")
-    config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+def config_of(scene: Path, output: Path, steps: int = 2 * FAILS, engine: str = "host") -> Any:
+    """Backgrounds are drawn, images read again in each epoch."""
+    config = make_config(scene, output, steps, engine=engine, background_color="random")
     config.pipeline.datamanager.cache_images = "disk"
     config.pipeline.datamanager.image_memory_gb = 4e-5  # of six images it holds four
     return config
@@ -57,9 +56,10 @@ def saved(trainer: GSScaleTrainer) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def expected(scene: Path, folder: Path) -> Any:
+def expected(config: Any) -> Any:
     """The checkpoint of a run that ends by plan before the step that fails."""
-    trainer = set_up(config_of(scene, folder, steps=FAILS))
+    config.max_num_iterations = FAILS
+    trainer = set_up(config)
     trainer.train()
     return saved(trainer)
 
@@ -74,10 +74,11 @@ def hide(trainer: GSScaleTrainer, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_an_image_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("engine", ["host", "resident"])
+def test_an_image_that_cannot_be_read(tmp_path, monkeypatch, capsys, engine):
     scene = tiny_scene(tmp_path / "scene")
-    whole = expected(scene, tmp_path / "whole")
-    failing = set_up(config_of(scene, tmp_path / "failing"))
+    whole = expected(config_of(scene, tmp_path / "whole", engine=engine))
+    failing = set_up(config_of(scene, tmp_path / "failing", engine=engine))
     file = hide(failing, monkeypatch)
     ends(failing)
     told = said(capsys)
@@ -87,7 +88,7 @@ def test_an_image_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     assert whole["step"] == FAILS - 1 and differences(whole, saved(failing)) == []
 
     file.with_suffix(".hidden").rename(file)
-    again = config_of(scene, tmp_path / "resumed", steps=2)
+    again = config_of(scene, tmp_path / "resumed", steps=2, engine=engine)
     again.load_dir = failing.checkpoint_dir
     resumed = train(again)
     assert resumed._start_step == FAILS and saved(resumed)["step"] == FAILS + 1
@@ -97,8 +98,14 @@ def test_memory_that_runs_out_for_good_in_the_middle_of_a_step(
     scene, tmp_path, monkeypatch, capsys
 ):
     """When poses are stepped, and the image and the background were drawn."""
-    whole = expected(scene, tmp_path / "whole")
-    failing = set_up(config_of(scene, tmp_path / "failing"))
+
+    def with_poses(name: str) -> Any:
+        config = config_of(scene, tmp_path / name)
+        config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+        return config
+
+    whole = expected(with_poses("whole"))
+    failing = set_up(with_poses("failing"))
     shortage = Shortage(monkeypatch)
     shortage.place("rows", "gsscale_nerfstudio.engines.host.HostEngine._step_rows")
     one_step = GSScaleTrainer.train_iteration
