@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 
 from gsscale_nerfstudio import streamed
 from gsscale_nerfstudio.errors import GSScaleError
-from gsscale_nerfstudio.files import whole_file
+from gsscale_nerfstudio.files import remove_abandoned, whole_file
 from gsscale_nerfstudio.versions import installed
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
+
+_UNFINISHED = ".unfinished.ckpt.tmp"
 
 _SMALL = 1 << 20
 """Bytes of a record up to which it is checked byte by byte: all but the rows of a large scene."""
@@ -67,12 +70,46 @@ def save(state: dict[str, Any], path: Path, scratch: Path) -> None:
     """
     try:
         # Always the same name: what a killed process has left there is overwritten.
-        with whole_file(path, scratch / ".unfinished.ckpt.tmp") as unfinished:
+        with whole_file(path, scratch / _UNFINISHED) as unfinished:
             streamed.save(plain(state), unfinished)
     except (OSError, RuntimeError) as error:
         raise GSScaleError(
             f"could not write the checkpoint {path}: {error}; free disk space or choose another "
             "--output-dir. Earlier checkpoints are untouched."
+        ) from error
+
+
+def remove_unfinished(scratch: Path) -> None:
+    """Remove what a killed process has left, and say so; a run that goes on has another folder.
+
+    Args:
+        scratch: see :func:`save`.
+    """
+    file = scratch / _UNFINISHED
+    size = remove_abandoned(file)
+    if size:
+        CONSOLE.print(
+            f"gsscale: removed {escape(str(file))}, {size / 1e9:.2g} GB, which a run that was "
+            "killed while it saved has left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def remove_others(path: Path) -> None:
+    """Remove all other checkpoints beside ``path``, a whole one.
+
+    Raises:
+        GSScaleError: one of them cannot be removed.
+    """
+    try:
+        for other in path.parent.glob("*.ckpt"):
+            if other != path:
+                other.unlink()
+    except OSError as error:
+        raise GSScaleError(
+            f"could not remove an earlier checkpoint: {error}; keep all with "
+            "--save-only-latest-checkpoint False, or choose another --output-dir"
         ) from error
 
 

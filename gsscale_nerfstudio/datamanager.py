@@ -55,7 +55,8 @@ class GSScaleDatamanagerConfig(FullImageDatamanagerConfig):
     first image is needed."""
     max_thread_workers: int | None = None
     """With cache_images auto or disk: number of threads that read images. Unset: one for each core
-    that this process may use. (For gpu and cpu Nerfstudio reads with two threads.)"""
+    that this process may use. (For gpu and cpu Nerfstudio reads with two threads, and a number is
+    refused.)"""
     view_lookahead: int = 1
     """Choose the next training image among the next N of Nerfstudio's random order: the one with
     the largest share of Gaussians that the present one sees, too. Each still comes once per epoch.
@@ -97,11 +98,16 @@ class GSScaleDatamanager(FullImageDatamanager):
                 "--pipeline.datamanager.view-lookahead is the number of images that the next one "
                 f"is chosen from: 1 (Nerfstudio's order) or more, not {config.view_lookahead}"
             )
-        if config.image_memory_gb is not None and config.cache_images in ("gpu", "cpu"):
-            raise GSScaleError(
-                "--pipeline.datamanager.image-memory-gb bounds nothing when all images are cached; "
-                f"leave it out, or --pipeline.datamanager.cache-images {config.cache_images}"
-            )
+        if config.cache_images in ("gpu", "cpu"):
+            for flag, value, says in (
+                ("image-memory-gb", config.image_memory_gb, "bounds nothing"),
+                ("max-thread-workers", config.max_thread_workers, "has no effect"),
+            ):
+                if value is not None:
+                    raise GSScaleError(
+                        f"--pipeline.datamanager.{flag} {says} when all images are cached; leave "
+                        f"it out, or --pipeline.datamanager.cache-images {config.cache_images}"
+                    )
         if config.image_memory_gb is not None and not config.image_memory_gb > 0:
             raise GSScaleError(
                 "--pipeline.datamanager.image-memory-gb is memory for images, in 10^9 bytes: more "

@@ -37,14 +37,19 @@ def leave_moments_on_disk(kind: type[TrainerConfig]) -> None:
 def _mapped(original: _Load, kind: type[TrainerConfig]) -> _Load:
     @wraps(original)
     def eval_load_checkpoint(config: Any, pipeline: Pipeline) -> tuple[Path, int]:
-        if not isinstance(config, kind) or config.load_dir is None or config.load_step is None:
+        if not isinstance(config, kind) or config.load_dir is None:
             return original(config, pipeline)
-        path = checkpoint.path_of(config.load_dir, config.load_step)
         with readable_errors():
+            step = config.load_step
+            if step is None:
+                step = checkpoint.newest_step(config.load_dir)  # raises where none is whole
+            if step is None:
+                return original(config, pipeline)  # which says that there is none
+            path = checkpoint.path_of(config.load_dir, step)
             state = checkpoint.load(path)
         pipeline.load_pipeline(state["pipeline"], state["step"])
         CONSOLE.print(f":white_check_mark: Done loading checkpoint from {path}")
-        return path, config.load_step
+        return path, step
 
     eval_load_checkpoint.kind = kind  # type: ignore[attr-defined]
     return eval_load_checkpoint

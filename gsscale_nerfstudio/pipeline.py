@@ -136,6 +136,13 @@ class GSScalePipeline(VanillaPipeline):
         """Let the next step be one of the present image and the same random numbers."""
         self._again = True
 
+    def put_back(self) -> None:
+        """The present step will not be done: a later run begins with its image."""
+        if self._drawn is not None:
+            index = (self._drawn.camera.metadata or {})["cam_idx"]
+            self.datamanager.train_unseen_cameras.insert(0, index)
+            restore_random_state(self._drawn.random, self.device)
+
     def step_ended(self) -> None:
         """The present step will not be done again."""
         self._drawn = None

@@ -10,6 +10,7 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio import checkpoint
@@ -55,8 +56,10 @@ class GSScaleTrainerConfig(TrainerConfig):
         # A resumed run's file of settings names the step of another run that it began with.
         step = self.load_step
         if step is None or not checkpoint.path_of(folder, step).exists():
-            with readable_errors():
+            try:
                 self.load_step = checkpoint.newest_step(folder)
+            except GSScaleError:  # training, which asks, too, begins anew: who loads is to say it
+                self.load_step = None
         return folder
 
 
@@ -72,6 +75,10 @@ class GSScaleTrainer(Trainer):
         # It has asked for the checkpoint folder, to write there; what to load is another matter.
         config.load_step = load_step
         self._random_state: dict[str, Any] | None = None
+        self._saved = -1
+        """The step of the newest checkpoint that the present run has written or loaded."""
+        self._done = -1, 0
+        """The last complete step, and the engine's count of steps after it."""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         with readable_errors():
@@ -85,7 +92,13 @@ class GSScaleTrainer(Trainer):
             self._random_state = None
         with readable_errors():
             self.pipeline.plan_memory()
-            super().train()
+            self._saved = self._start_step - 1
+            self._done = self._saved, self.pipeline.model.engine.step_count
+            try:
+                super().train()
+            except GSScaleError:
+                self._save_before_the_end()
+                raise
 
     def setup_optimizers(self) -> Optimizers:
         optimizers = super().setup_optimizers()
@@ -101,7 +114,8 @@ class GSScaleTrainer(Trainer):
         Raises:
             GSScaleError: it ran out, and nothing can be given up any more.
         """
-        steps_done = self.pipeline.model.engine.step_count
+        engine = self.pipeline.model.engine
+        steps_done = engine.step_count
         periods = self.gradient_accumulation_steps
         self._undo.begin(name for name in self._undo.names if step % periods[name] != 0)
         one_step = super().train_iteration
@@ -109,9 +123,14 @@ class GSScaleTrainer(Trainer):
             loss, *logged = retried(
                 lambda: one_step(step), lambda said, tries: self._go_back(said, tries, steps_done)
             )
+        except GSScaleError:
+            self._undo.take_back()
+            self.pipeline.put_back()
+            raise
         finally:
             self._undo.end()
             self.pipeline.step_ended()
+        self._done = step, engine.step_count
         # Nerfstudio keeps what is returned until the end of the next step, and a graph, even one
         # that backward has been through, keeps its leaves and their gradients.
         return loss.detach(), *({k: _detached(v) for k, v in each.items()} for each in logged)
@@ -140,6 +159,7 @@ class GSScaleTrainer(Trainer):
         if path is None:
             super()._load_checkpoint()  # which says that there is none
             return
+        checkpoint.remove_unfinished(path.parent.parent)
         state = checkpoint.load(path)
         self._start_step = state["step"] + 1
         self.pipeline.load_pipeline(state["pipeline"], state["step"])
@@ -182,7 +202,27 @@ class GSScaleTrainer(Trainer):
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
-        """Write ``step-NNNNNNNNN.ckpt``, in Nerfstudio's format, atomically."""
+        """Write ``step-NNNNNNNNN.ckpt``, in Nerfstudio's format, atomically.
+
+        While training goes on, what hinders that is only warned of: there will be another one.
+
+        Raises:
+            GSScaleError: the last checkpoint could not be written.
+        """
+        try:
+            self._save(step)
+        except GSScaleError as error:
+            if self.training_state == "completed":
+                raise
+            last = self._start_step + self.config.max_num_iterations - 1
+            following = min(step + self.config.steps_per_save, last)
+            _warn(
+                f"saving failed after step {step} ({error.__cause__ or error}); training goes on, "
+                f"earlier checkpoints are untouched, and the next one is written after step "
+                f"{following}: free disk space until then"
+            )
+
+    def _save(self, step: int) -> None:
         path = checkpoint.path_of(self.checkpoint_dir, step)
         # Between steps, but Nerfstudio lets the viewer's thread render at that time. Rows are
         # written from where they are, so that training waits for the disk: a copy to go on from
@@ -200,10 +240,35 @@ class GSScaleTrainer(Trainer):
                 },
             }
             checkpoint.save(state, path, scratch=self.base_dir)
+        self._saved = step
         if self.config.save_only_latest_checkpoint:
-            for other in self.checkpoint_dir.glob("*.ckpt"):
-                if other != path:
-                    other.unlink()
+            checkpoint.remove_others(path)
+
+    def _save_before_the_end(self) -> None:
+        """An error is about to end training: save the steps before it, and say so.
+
+        Not if it has come up in the middle of stepping rows, or in the last save.
+        """
+        engine, (step, steps_done) = self.pipeline.model.engine, self._done
+        in_a_step = engine.step_count != steps_done
+        if in_a_step or step == self._saved or self.training_state == "completed":
+            return
+        try:
+            engine.abandon()
+            self._save(step)
+        except Exception as error:  # whatever it is, the one that ends training is what counts
+            _warn(f"the steps up to {step} could not be saved: {error}")
+        else:
+            _warn(
+                f"training ends here, and the steps up to {step} are saved; once the error below "
+                f"is mended, add --load-dir {self.checkpoint_dir} to the command to go on"
+            )
+
+
+def _warn(message: str) -> None:
+    CONSOLE.print(
+        f"[bold yellow]gsscale:[/bold yellow] {escape(message)}", highlight=False, soft_wrap=True
+    )
 
 
 def _detached(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,9 @@ from gsscale_nerfstudio.errors import GSScaleError
 
 _SUBSAMPLINGS = (0, 1, 2)
 """4:4:4, 4:2:2 and 4:2:0, in Pillow's counting: what both decoders are compared on."""
+
+_PAUSE = 1.0
+"""Seconds before a file is read again that could not be read: a file server may be back by then."""
 
 
 class ImageDataset(InputDataset):
@@ -59,9 +63,14 @@ class ImageDataset(InputDataset):
 
         Raises:
             GSScaleError: one of them is missing, truncated or no image, or they differ in size.
+                Where it may be the file system's fault that was so twice.
         """
         with naming(self.image_filenames[image_idx]):
-            return super().get_data(image_idx, image_type)
+            try:
+                return super().get_data(image_idx, image_type)
+            except OSError:
+                time.sleep(_PAUSE)
+                return super().get_data(image_idx, image_type)
 
 
 @contextmanager

@@ -134,15 +134,18 @@ class DiskImages:
             self._reading(index)
         if self._stager is not None:
             for index in order[:STAGED]:
-                if index not in self._staged:
+                if _is_lost(self._staged.get(index)):
                     self._staged[index] = self._stager.submit(_staged, self._reading(index))
 
     def ready(self, index: int) -> bool:
         """Whether image ``index``, announced, can be had without waiting."""
-        return (self._staged.get(index) or self._reading(index)).done()
+        future = self._wanted(index)
+        return future.done() and not _is_lost(future)
 
     def __getitem__(self, index: int) -> Data:
         """Image ``index``, as soon as it has been read; not to be changed.
+
+        One that could not be read ahead is read anew: the file may be there by now.
 
         Raises:
             IndexError: there is no such image.
@@ -150,7 +153,7 @@ class DiskImages:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        future = self._staged.get(index) or self._reading(index)
+        future = self._wanted(index)
         if index not in self._announced:
             self._passing.pop(index, None)  # nothing would let go of it later
         if not future.done():
@@ -160,18 +163,31 @@ class DiskImages:
             self.waited += time.perf_counter() - start
         return future.result()
 
+    def _wanted(self, index: int) -> Future[Data]:
+        """What gives the image: its page-locked copy, where one is made."""
+        staged = self._staged.get(index)
+        if staged is None or _is_lost(staged):
+            return self._reading(index)
+        return staged
+
     def _reading(self, index: int) -> Future[Data]:
-        """The image, read or being read; it is begun where it was not."""
+        """The image, read or being read; it is begun where it was not, or has failed."""
         known = self._kept.get(index) or self._passing.get(index)
-        if known is not None:
+        if known is not None and not _is_lost(known):
             return known
-        stays = self._sizes[index] <= self._room
-        if stays:
+        has_room = index in self._kept  # one that has failed keeps its place
+        stays = has_room or self._sizes[index] <= self._room
+        if stays and not has_room:
             self._room -= self._sizes[index]
         future = self._readers.submit(_delayed, self._read, index)
         (self._kept if stays else self._passing)[index] = future
         self.reads += 1
         return future
+
+
+def _is_lost(future: Future[Data] | None) -> bool:
+    """Whether there is nothing to wait for: it was not begun, or has failed."""
+    return future is None or (future.done() and future.exception() is not None)
 
 
 def _keep_only(images: dict[int, Future[Data]], wanted: Sequence[int]) -> None:

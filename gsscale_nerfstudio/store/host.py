@@ -281,6 +281,8 @@ class HostStore:
             values[:, self.layout.optimized :] = 0
             values[:, self.layout.bookkeeping["stamp"]] = stamp
         placement = place(self._n, edit.removed, len(edit.added))
+        if placement.n > self._n:
+            self.resize(placement.n)  # first of all: if it fails, nothing has changed
         key = self.layout.bookkeeping["key"]
         edit.values[:, key] = keys_of(edit.rewritten)
         edit.added[:, key] = keys_of(placement.added)
@@ -288,7 +290,8 @@ class HostStore:
         source, target = placement.sources.numpy(), placement.targets.numpy()
         for array in (self.params, self.exp_avg, self.exp_avg_sq, self.spheres):
             _C.copy_rows(_floats_of(array), source, target)
-        self.resize(placement.n)
+        if placement.n < self._n:
+            self.resize(placement.n)
         self._write(placement.added, edit.added)
         self._unsorted += len(target) + len(edit.added)
         return placement

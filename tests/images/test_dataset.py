@@ -13,6 +13,7 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import SceneBox
 from PIL import Image
 
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.images import ImageDataset, dataset
 
 
@@ -144,3 +145,29 @@ def test_a_camera_is_as_large_as_its_image(tmp_path):
     assert images.get_numpy_image(0).shape == (56, 62, 3)
     assert (int(images.cameras.height), int(images.cameras.width)) == (56, 62)
     assert float(images.cameras.fx) == pytest.approx(35)
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    """As on a network file system; what is broken for good ends with a sentence."""
+    file = tmp_path / "a.png"
+    picture().save(file)
+    left, pauses = 1, []
+
+    def hiccup(self, index):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(116, "Stale file handle")
+        return np.asarray(picture())
+
+    monkeypatch.setattr(ImageDataset, "get_numpy_image", hiccup)
+    monkeypatch.setattr(dataset.time, "sleep", pauses.append)
+    images = reader(ImageDataset, file)
+    images._dataparser_outputs.alpha_color = images._dataparser_outputs.mask_filenames = None
+    images.metadata, images.mask_color = {}, None
+    assert images.get_data(0)["image"].shape == (101, 83, 3)
+    assert len(pauses) == 1
+    left = 2
+    with pytest.raises(GSScaleError, match=r"a\.png .*Stale file handle.*mend the file"):
+        images.get_data(0)
+    assert len(pauses) == 2

@@ -170,19 +170,37 @@ def test_threads_end_with_the_images():
     assert shelf.bytes == 0
 
 
-def test_an_unreadable_image_raises_when_it_is_asked_for(page_lock):
-    def read(index):
-        if index == 3:
-            raise GSScaleError("the image three.jpg could not be read")
-        return {"image": torch.zeros(4)}
+@pytest.mark.parametrize("budget", [1000, 8])  # it stays in memory, or does not
+def test_an_unreadable_image_raises_when_it_is_asked_for(page_lock, budget):
+    """And is read anew each time: once the file is mended, it is there."""
+    broken, reads = {3}, []
 
-    images = DiskImages(read, [4] * 6, budget=1000, threads=2, page_lock=page_lock)
-    images.announce([0, 3, 1])
+    def read(index):
+        reads.append(index)
+        if index in broken:
+            raise GSScaleError("the image three.jpg could not be read")
+        return {"image": torch.full((4,), index)}
+
+    images = DiskImages(read, [4] * 6, budget, threads=2, page_lock=page_lock)
+    images.announce([0, 3])
     images[0]
-    images[1]
-    for _ in range(2):
+    for times in (1, 2):
         with pytest.raises(GSScaleError, match=r"three\.jpg"):
             images[3]
+        assert not images.ready(3)
+        assert reads.count(3) >= times
+    broken.clear()
+    end = time.monotonic() + 60
+    while not images.ready(3) and time.monotonic() < end:
+        images.announce([3, 1])
+    assert bool((images[3]["image"] == 3).all())
+    count = len(reads)
+    assert images.ready(3)
+    assert len(reads) == count
+    images.announce([3, 1])
+    images[1]
+    if budget == 1000:
+        assert images._room == budget - 4 * len({*reads})  # each has its room once
 
 
 SCRIPT = """

@@ -186,10 +186,14 @@ def test_a_truncated_image_is_named_when_it_is_needed(ending, scene):
             data.next_train(step)
 
 
-def test_a_budget_needs_a_mode_that_keeps_it(scene):
+@pytest.mark.parametrize("flag, value", [("image_memory_gb", 1.0), ("max_thread_workers", 4)])
+def test_settings_of_reading_from_the_disk_need_a_mode_that_heeds_them(scene, flag, value):
     for mode in ("cpu", "gpu"):
-        with pytest.raises(GSScaleError, match="image-memory-gb"):
-            ours(scene, cache_images=mode, image_memory_gb=1.0)
+        with pytest.raises(GSScaleError, match=f"{flag.replace('_', '-')}.*leave it out.* {mode}"):
+            ours(scene, cache_images=mode, **{flag: value})
+
+
+def test_at_least_one_thread_reads(scene):
     with pytest.raises(GSScaleError, match="max-thread-workers"):
         ours(scene, max_thread_workers=0)
 

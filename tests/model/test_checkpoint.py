@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -188,3 +190,71 @@ def test_the_folder_written_to_does_not_say_what_is_loaded(scene, tmp_path):
     again = own.setup()  # the same timestamp, hence the same folder
     again.setup()
     assert again._start_step == 4
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_can_be_trained_again(scene, tmp_path, capsys):
+    """Under the same name; what loads it ends with a sentence."""
+    config = make_config(scene, tmp_path, steps=2)
+    config.timestamp = "run"
+    path = next(train(config).checkpoint_dir.glob("*.ckpt"))
+    path.write_bytes(path.read_bytes()[:-200])
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.dump(config))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        eval_setup(file, test_mode="inference")
+    assert f"({path.name}: truncated or damaged)" in " ".join(capsys.readouterr().out.split())
+    again = train(config)
+    assert again._start_step == 0 and checkpoint.is_whole(path)
+    assert eval_setup(file, test_mode="inference")[3] == 1
+
+
+def in_a_save(run: Path) -> subprocess.Popen[str]:
+    """A process that saves until it is killed."""
+    code = f"""
+import time
+from pathlib import Path
+from gsscale_nerfstudio import checkpoint, streamed
+
+def save(state, path):
+    path.write_bytes(bytes(1000))
+    print("saving", flush=True)
+    time.sleep(600)
+
+streamed.save = save
+run = Path({str(run)!r})
+checkpoint.save({{}}, run / "nerfstudio_models" / "step-000000005.ckpt", run)
+"""
+    # Not from the source tree, where the package has no compiled module.
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=-1, text=True, cwd=run)
+    assert child.stdout is not None and child.stdout.readline() == "saving\n"
+    return child
+
+
+@pytest.mark.parametrize("by", ["folder", "file"])
+def test_what_a_killed_save_has_left_is_removed_on_resuming(scene, tmp_path, capsys, by):
+    """But not what a run is writing that is still alive."""
+    source = train(make_config(scene, tmp_path / "source", steps=2))
+    left = source.base_dir / ".unfinished.ckpt.tmp"
+    config = make_config(scene, tmp_path / by, steps=2)
+    if by == "folder":
+        config.load_dir = source.checkpoint_dir
+    else:
+        config.load_checkpoint = next(source.checkpoint_dir.glob("*.ckpt"))
+
+    def resumed() -> str:
+        capsys.readouterr()
+        trainer = config.setup()
+        trainer.setup()
+        assert trainer._start_step == 2
+        return " ".join(capsys.readouterr().out.split())
+
+    child = in_a_save(source.base_dir)
+    try:
+        assert "removed" not in resumed() and left.exists()
+    finally:
+        child.kill()
+        child.communicate()
+    assert left.stat().st_size == 1000
+    assert f"removed {left}, 1e-06 GB" in resumed() and not left.exists()
+    assert "removed" not in resumed()

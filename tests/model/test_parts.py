@@ -55,6 +55,9 @@ def trained(scene: Path, folder: Path, most_rows: int | None, steps: int, **sett
     return trainer
 
 
+TRAINED = 10
+"""Steps after which Gaussians have shapes; needles are pulled at in every tenth step."""
+
 SETTINGS = {
     "plain": {},
     "antialiased, random background": {
@@ -94,6 +97,56 @@ def test_training_in_parts_is_training(scene, tmp_path, name, steps, bound):
         expected = store.bookkeeping(column)
         assert expected.any()
         torch.testing.assert_close(other.bookkeeping(column), expected, rtol=bound, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_trained_view_in_parts_has_the_loss_and_the_gradients_of_the_whole(scene, tmp_path, name):
+    """Of all groups, once Gaussians have shapes, and colours all bands of SH.
+
+    Scales learn quickly, because a quaternion's gradient is a difference of terms that are equal
+    for a round Gaussian: of nearly round ones it is rounding in the fifth place already.
+    """
+    settings = {"sh_degree_interval": 1, **SETTINGS[name]}
+
+    def config_of(folder: str, steps: int) -> Any:
+        config = make_config(scene, tmp_path / folder, steps, engine="host", **settings)
+        config.optimizers["scales"]["optimizer"].lr = 0.05
+        return config
+
+    before = train(config_of("before", TRAINED), before=lambda _: None)
+
+    def one_step(most_rows: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        config = config_of(str(most_rows), 1)
+        config.load_dir = before.checkpoint_dir
+        losses: dict[str, Tensor] = {}
+
+        def start(trainer: Any) -> None:
+            model = trainer.pipeline.model
+            if most_rows is not None:
+                model.engine._sizing.most = most_rows
+            # So that the step's first moments are its gradients, times 1 - beta.
+            model.engine.store.exp_avg[: model.num_points].zero_()
+            get = model.get_loss_dict
+            model.get_loss_dict = lambda *args: losses.update(get(*args)) or losses
+
+        trainer = train(config, before=start)
+        engine = trainer.pipeline.model.engine
+        assert isinstance(engine.current, ViewInParts) == (most_rows is not None)
+        gradients = {name: engine.store.column(name, engine.store.exp_avg) for name in GROUPS}
+        for grids in trainer.optimizers.parameters.get("bilateral_grid", []):
+            gradients["bilateral_grid"] = grids.grad
+        return {term: value.detach() for term, value in losses.items()}, gradients
+
+    (losses, gradients), (in_parts, got) = one_step(None), one_step(60)
+    assert losses["main_loss"] > 0 and (losses["scale_reg"] > 0) == (name == "depth, regularized")
+    for term, value in losses.items():
+        torch.testing.assert_close(in_parts[term], value, rtol=1e-5, atol=0)
+    assert ("bilateral_grid" in gradients) == (name == "bilateral grid")
+    for group, expected in gradients.items():
+        if expected.numel():
+            assert expected.any(), group
+            error = (got[group] - expected).abs().max() / expected.abs().max()
+            assert error < 1e-5, (group, float(error))
 
 
 def test_a_scene_grows_in_parts_as_it_does_as_a_whole(scene, tmp_path):

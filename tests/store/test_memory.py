@@ -22,11 +22,15 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cgroup"
 
 
-def group(folder: Path, limit: int | str, used: int, files: int = 0) -> None:
+def group(
+    folder: Path, limit: int | str, used: int, files: int = 0, in_use: int = 0, slab: int = 0
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 7\ninactive_file {files}\n")
+    (folder / "memory.stat").write_text(
+        f"anon 7\ninactive_file {files}\nactive_file {in_use}\nslab_reclaimable {slab}\n"
+    )
 
 
 def process_is_in(root: Path, *lines: str) -> None:
@@ -64,14 +68,24 @@ def test_limit_and_room_may_be_those_of_two_groups(root):
     assert (memory.memory_limit(), memory.available_memory()) == (40 * GB, 2 * GB)
 
 
+def test_files_in_use_and_the_kernels_caches_can_be_taken_back_to_a_half(root):
+    """Images that are read again in every epoch, and the names of thousands of files."""
+    group(root, 50 * GB, 48 * GB, files=2 * GB, in_use=30 * GB, slab=4 * GB)
+    process_is_in(root, "0::/")
+    assert memory.available_memory() == (2 + 2 + 15 + 2) * GB
+
+
 def test_version_1(root):
     folder = root / "memory"
     folder.mkdir(parents=True)
     (folder / "memory.limit_in_bytes").write_text(f"{30 * GB}\n")
     (folder / "memory.usage_in_bytes").write_text(f"{12 * GB}\n")
-    (folder / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {4 * GB}\n")
+    (folder / "memory.stat").write_text(
+        f"active_file 1\ninactive_file 1\n"
+        f"total_active_file {2 * GB}\ntotal_inactive_file {4 * GB}\n"
+    )
     process_is_in(root, "4:memory:/", "0::/")
-    assert (memory.memory_limit(), memory.available_memory()) == (30 * GB, 22 * GB)
+    assert (memory.memory_limit(), memory.available_memory()) == (30 * GB, 23 * GB)
 
 
 def test_this_machine():

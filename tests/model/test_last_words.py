@@ -1,0 +1,221 @@
+"""What a run that meets with an error leaves behind: the steps before it, and how to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gsscale_nerfstudio import checkpoint, streamed
+from gsscale_nerfstudio.densify.strategy import RowStrategy
+from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.store.memory import ReservedArray
+from gsscale_nerfstudio.trainer import GSScaleTrainer
+from tests.runs import differences, make_config, seeded, tiny_scene, train
+from tests.shortage import Shortage
+
+FAILS = 4
+"""The step that fails, the last one of the first epoch but one."""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_scene(tmp_path_factory.mktemp("last words") / "scene")
+
+
+def config_of(scene: Path, output: Path, steps: int = 2 * FAILS, engine: str = "host") -> Any:
+    """Backgrounds are drawn, images read again in each epoch."""
+    config = make_config(scene, output, steps, engine=engine, background_color="random")
+    config.pipeline.datamanager.cache_images = "disk"
+    config.pipeline.datamanager.image_memory_gb = 4e-5  # of six images it holds four
+    return config
+
+
+def set_up(config: Any) -> GSScaleTrainer:
+    seeded(1)
+    trainer = config.setup()
+    trainer.setup()
+    return trainer
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def ends(trainer: GSScaleTrainer) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 1
+
+
+def saved(trainer: GSScaleTrainer) -> Any:
+    """The only checkpoint of a run."""
+    (path,) = trainer.checkpoint_dir.glob("*.ckpt")
+    return torch.load(path, weights_only=True)
+
+
+def expected(config: Any) -> Any:
+    """The checkpoint of a run that ends by plan before the step that fails."""
+    config.max_num_iterations = FAILS
+    trainer = set_up(config)
+    trainer.train()
+    return saved(trainer)
+
+
+def hide(trainer: GSScaleTrainer, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Take away the image of the step that fails, for good. Returns the place where it was."""
+    monkeypatch.setattr("gsscale_nerfstudio.images.dataset._PAUSE", 0.0)
+    data = trainer.pipeline.datamanager
+    assert data.image_placement.where == "disk"  # all files were looked at
+    file = data.train_dataset.image_filenames[data.upcoming(FAILS + 1)[FAILS]]
+    file.rename(file.with_suffix(".hidden"))
+    return file
+
+
+@pytest.mark.parametrize("engine", ["host", "resident"])
+def test_an_image_that_cannot_be_read(tmp_path, monkeypatch, capsys, engine):
+    scene = tiny_scene(tmp_path / "scene")
+    whole = expected(config_of(scene, tmp_path / "whole", engine=engine))
+    failing = set_up(config_of(scene, tmp_path / "failing", engine=engine))
+    file = hide(failing, monkeypatch)
+    ends(failing)
+    told = said(capsys)
+    assert f"steps up to {FAILS - 1} are saved" in told
+    assert f"--load-dir {failing.checkpoint_dir}" in told
+    assert str(file) in told and "mend the file" in told
+    assert whole["step"] == FAILS - 1 and differences(whole, saved(failing)) == []
+
+    file.with_suffix(".hidden").rename(file)
+    again = config_of(scene, tmp_path / "resumed", steps=2, engine=engine)
+    again.load_dir = failing.checkpoint_dir
+    resumed = train(again)
+    assert resumed._start_step == FAILS and saved(resumed)["step"] == FAILS + 1
+
+
+def test_memory_that_runs_out_for_good_in_the_middle_of_a_step(
+    scene, tmp_path, monkeypatch, capsys
+):
+    """When poses are stepped, and the image and the background were drawn."""
+
+    def with_poses(name: str) -> Any:
+        config = config_of(scene, tmp_path / name)
+        config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+        return config
+
+    whole = expected(with_poses("whole"))
+    failing = set_up(with_poses("failing"))
+    shortage = Shortage(monkeypatch)
+    shortage.place("rows", "gsscale_nerfstudio.engines.host.HostEngine._step_rows")
+    one_step = GSScaleTrainer.train_iteration
+
+    def train_iteration(self: GSScaleTrainer, step: int) -> Any:
+        shortage.wanted = ["rows"] * 5 if step == FAILS else []
+        return one_step(self, step)
+
+    monkeypatch.setattr(GSScaleTrainer, "train_iteration", train_iteration)
+    ends(failing)
+    assert len(shortage.hits) > 1
+    told = said(capsys)
+    assert f"steps up to {FAILS - 1} are saved" in told and "camera-res-scale-factor" in told
+    assert differences(whole, saved(failing)) == []
+
+
+def test_memory_that_cannot_be_locked_for_new_rows(scene, tmp_path, monkeypatch, capsys):
+    """A refinement that cannot begin has changed no row, but for its statistics."""
+    steps = {"warmup_length": 2, "refine_every": 4, "densify_grad_thresh": 0.02}
+    trainer = set_up(make_config(scene, tmp_path, 14, engine="host", **steps))
+    store = trainer.pipeline.model.engine.store
+    before = len(store)
+    refine, found = RowStrategy.refine, []
+
+    def noted(self: RowStrategy, engine: Any, step: int) -> None:
+        engine.settle()
+        found[:] = [store.params[:before].clone()]
+        refine(self, engine, step)
+
+    def cannot(self: ReservedArray, rows: int) -> None:
+        raise GSScaleError("CUDA could not page-lock")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowStrategy, "refine", noted)
+        patch.setattr(ReservedArray, "pinned_rows", before)
+        patch.setattr(ReservedArray, "pin", cannot)
+        ends(trainer)
+    told = said(capsys)
+    assert "steps up to 12 are saved" in told and "page-lock" in told
+    for name, column in store.layout.columns.items():
+        rows = saved(trainer)["pipeline"][f"_model.gauss_params.{name}"].flatten(1)
+        assert len(rows) == before
+        assert torch.equal(rows, found[0][:, column])
+
+    config = make_config(scene, tmp_path / "resumed", 14, engine="host", **steps)
+    config.load_dir = trainer.checkpoint_dir
+    assert len(train(config).pipeline.model.engine.store) > before
+
+
+def test_a_save_that_fails_keeps_the_error(scene, tmp_path, monkeypatch, capsys):
+    failing = set_up(config_of(scene, tmp_path))
+
+    def refine(self: RowStrategy, engine: Any, step: int) -> None:
+        if step == FAILS:
+            raise GSScaleError("the first error")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RowStrategy, "refine", refine)
+    monkeypatch.setattr(streamed, "save", full)
+    ends(failing)
+    told = said(capsys)
+    assert f"the steps up to {FAILS} could not be saved" in told and "No space left" in told
+    assert told.endswith("gsscale: the first error")
+    assert list(failing.checkpoint_dir.glob("*")) == []
+
+
+@pytest.mark.parametrize("saves", [0, FAILS - 1])
+def test_nothing_is_saved_twice(scene, tmp_path, monkeypatch, capsys, saves):
+    """Nor when the first step of all fails."""
+    config = config_of(scene, tmp_path)
+    config.steps_per_save = saves
+    failing = set_up(config)
+    draw = failing.pipeline._draw
+
+    def next_one(step: int) -> Any:
+        if step == (FAILS if saves else 0):
+            raise GSScaleError("the first error")
+        return draw(step)
+
+    written = []
+    save = checkpoint.save
+    monkeypatch.setattr(failing.pipeline, "_draw", next_one)
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (written.append(1), save(*a, **k)))
+    ends(failing)
+    assert len(written) == (1 if saves else 0)
+    assert "steps up to" not in said(capsys)
+
+
+def test_a_full_disk_is_not_the_end(scene, tmp_path, monkeypatch, capsys):
+    """But it is when there will be no other save."""
+    config = config_of(scene, tmp_path, steps=8)
+    config.steps_per_save = 2
+    trainer = set_up(config)
+    stream, full_at = streamed.save, [4, 7]
+    kept = {}
+
+    def full(state: Any, path: Path) -> None:
+        kept[state["step"]] = checkpoint.steps_in(trainer.checkpoint_dir)
+        if state["step"] in full_at:
+            raise OSError(28, "No space left on device")
+        stream(state, path)
+
+    monkeypatch.setattr(streamed, "save", full)
+    ends(trainer)
+    told = said(capsys)
+    assert kept == {2: [], 4: [2], 6: [2], 7: [6]}
+    assert "saving failed after step 4 ([Errno 28] No space left on device); training goes" in told
+    assert "written after step 6" in told and told.count("saving failed") == 1
+    assert "step-000000007.ckpt" in told and "--output-dir" in told
+    assert checkpoint.steps_in(trainer.checkpoint_dir) == [6]
+    assert not list(trainer.base_dir.glob(".unfinished*"))
