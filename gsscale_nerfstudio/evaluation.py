@@ -13,7 +13,7 @@ from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from gsscale_nerfstudio import checkpoint
-from gsscale_nerfstudio.errors import readable_errors
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 
 _Load = Callable[[Any, Pipeline], tuple[Path, int]]
 
@@ -37,10 +37,16 @@ def leave_moments_on_disk(kind: type[TrainerConfig]) -> None:
 def _mapped(original: _Load, kind: type[TrainerConfig]) -> _Load:
     @wraps(original)
     def eval_load_checkpoint(config: Any, pipeline: Pipeline) -> tuple[Path, int]:
-        if not isinstance(config, kind) or config.load_dir is None or config.load_step is None:
+        if not isinstance(config, kind) or config.load_dir is None:
             return original(config, pipeline)
-        path = checkpoint.path_of(config.load_dir, config.load_step)
         with readable_errors():
+            if config.load_step is None:  # where the configuration has looked there was none
+                raise GSScaleError(
+                    f"there is no checkpoint in {config.load_dir}: the run ended before its first "
+                    "one, every --steps-per-save steps and at the end, or was started in another "
+                    "folder than the current one; train again, or start this command there"
+                )
+            path = checkpoint.path_of(config.load_dir, config.load_step)
             state = checkpoint.load(path)
         pipeline.load_pipeline(state["pipeline"], state["step"])
         CONSOLE.print(f":white_check_mark: Done loading checkpoint from {path}")
