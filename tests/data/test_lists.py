@@ -316,6 +316,14 @@ def test_a_split_that_the_data_does_not_have_is_told(tmp_path, capsys):
     assert "3 images are for training, 1 for evaluation, and 0 are left out" in said
 
 
+def test_the_data_need_not_have_a_list_for_training(tmp_path, capsys):
+    config = listed(nerfstudio, tmp_path, held_out=[NAMES[0]])
+    with_lists_of_names(tmp_path / "scene", {"val": [0, 1], "test": [0, 2, 3]})
+    manager = train(config).pipeline.datamanager
+    assert [stem(file) for file in manager.train_dataset.image_filenames] == [1, 2, 3]
+    assert "no images for train" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_same_image_in_all_splits_is_trained_once(tmp_path):
     config = listed(nerfstudio, tmp_path, held_out=[NAMES[0]])
     config.pipeline.datamanager.dataparser.eval_mode = "all"
