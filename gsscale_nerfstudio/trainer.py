@@ -13,6 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from gsscale_nerfstudio import checkpoint
+from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
 from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 from gsscale_nerfstudio.evaluation import leave_moments_on_disk
 from gsscale_nerfstudio.optim import DeferredAdam
@@ -35,6 +36,7 @@ class GSScaleTrainerConfig(TrainerConfig):
 
     def save_config(self) -> None:
         """Write the run's ``config.yml``, the first file of it."""
+        self._name_lists_as_data()
         with readable_errors():
             try:
                 super().save_config()
@@ -42,6 +44,21 @@ class GSScaleTrainerConfig(TrainerConfig):
                 raise GSScaleError(
                     f"could not write to the run's folder: {error}; choose another --output-dir"
                 ) from error
+
+    def _name_lists_as_data(self) -> None:
+        """Let a run whose data every folder can find find its lists from there, too.
+
+        With relative data it must be loaded from this folder or one that looks like it: then
+        lists stay as they are.
+        """
+        manager = self.pipeline.datamanager
+        if not isinstance(manager, GSScaleDatamanagerConfig):
+            return
+        if not (manager.data or manager.dataparser.data).is_absolute():
+            return
+        for name in ("train_list", "eval_list"):
+            if (path := getattr(manager, name)) is not None:
+                setattr(manager, name, path.absolute())
 
     def get_checkpoint_dir(self) -> Path:
         """Folder of this run's checkpoints.
