@@ -101,6 +101,20 @@ class GSScalePipeline(VanillaPipeline):
         store = self.model.engine.store
         store.claims, store.beside_row = self.datamanager.image_bytes_to_come, plan.beside_row
 
+    def tell_without_points(self) -> None:
+        """Print where Gaussians begin, if the data set has no points and they were wanted."""
+        config, points = self.model.config, self.datamanager.train_dataparser_outputs.metadata
+        if config.random_init or "points3D_xyz" in points:
+            return
+        CONSOLE.print(
+            "[bold yellow]gsscale:[/bold yellow] the data set has no 3D points that could be read, "
+            f"and training starts from {config.num_random:,} random Gaussians; for better results "
+            "give it points (nerfstudio-data: a .ply file that is there, as ply_file_path in "
+            "transforms.json; blender-data: --ply-path)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
     def resume_state(self) -> dict[str, Any]:
         """What exact resuming takes beside Nerfstudio's own entries of a checkpoint."""
         return {

@@ -156,6 +156,7 @@ class GSScaleTrainer(Trainer):
         path = self._checkpoint_to_load()
         if path is None:
             super()._load_checkpoint()  # which says that there is none
+            self.pipeline.tell_without_points()
             return
         state = checkpoint.load(path)
         self._start_step = state["step"] + 1

@@ -218,6 +218,23 @@ def test_too_few_points_start_at_random(n, scene, tmp_path, capsys):
     assert f"{n} usable points" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("change", [{"ply_file_path": "nowhere.ply"}, {"ply_file_path": None}])
+def test_no_points_are_told_where_training_begins(change, scene, tmp_path, capsys):
+    edit_json(scene, lambda content: content.update(change))
+    if change["ply_file_path"] is None:
+        edit_json(scene, lambda content: content.pop("ply_file_path"))
+    config = make_config(scene, tmp_path, num_random=100)
+    trainer = train(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no 3D points that could be read" in said and "100 random Gaussians" in said
+    resumed = make_config(scene, tmp_path, num_random=100)
+    resumed.load_dir = trainer.checkpoint_dir
+    train(resumed)
+    wanted = make_config(scene, tmp_path, num_random=100, random_init=True)
+    train(wanted)
+    assert "no 3D points" not in capsys.readouterr().out
+
+
 def test_duplicate_points_have_a_size(scene, tmp_path):
     config = make_config(scene, tmp_path).pipeline.model
     store = seeded(config, (torch.ones(10, 3), torch.zeros(10, 3)))
