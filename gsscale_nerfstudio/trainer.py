@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,8 +102,25 @@ class GSScaleTrainer(Trainer):
             restore_random_state(self._random_state, self.device)
             self._random_state = None
         with readable_errors():
-            self.pipeline.plan_memory()
-            super().train()
+            try:
+                self.pipeline.plan_memory()
+                super().train()
+            except KeyboardInterrupt:
+                self._tell_what_is_saved()
+                # Also how a viewer that was left on after training is ended.
+                sys.exit(0 if self.training_state == "completed" else 130)
+
+    def _tell_what_is_saved(self) -> None:
+        """Print what a run that was interrupted leaves."""
+        saved = checkpoint.newest_step(self.checkpoint_dir)
+        if saved is None:
+            left = (
+                f"nothing is saved, because it is every {self.config.steps_per_save:,} steps "
+                "(--steps-per-save) and at the end"
+            )
+        else:
+            left = f"to go on from step {saved:,} give --load-dir {self.checkpoint_dir}"
+        CONSOLE.print(f"gsscale: interrupted; {left}", markup=False, soft_wrap=True)
 
     def setup_optimizers(self) -> Optimizers:
         optimizers = super().setup_optimizers()

@@ -17,6 +17,7 @@ from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.trainer import GSScaleTrainer
 from tests.runs import edit_json, make_config, tiny_scene, train
 
 INTRINSICS = ("w", "h", "fl_x", "fl_y", "cx", "cy")
@@ -233,6 +234,40 @@ def test_no_points_are_told_where_training_begins(change, scene, tmp_path, capsy
     wanted = make_config(scene, tmp_path, num_random=100, random_init=True)
     train(wanted)
     assert "no 3D points" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_interrupted_training_tells_what_is_saved(saved, scene, tmp_path, capsys, monkeypatch):
+    config = make_config(scene, tmp_path, steps=9)
+    config.steps_per_save = 2 if saved else 20
+    one_step = GSScaleTrainer.train_iteration
+
+    def interrupted(self, step):
+        if step == 5:
+            raise KeyboardInterrupt  # what Ctrl-C does
+        return one_step(self, step)
+
+    monkeypatch.setattr(GSScaleTrainer, "train_iteration", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 130
+    said = " ".join(capsys.readouterr().out.split())
+    folder = config.get_checkpoint_dir()
+    left = f"to go on from step 4 give --load-dir {folder}" if saved else "every 20 steps"
+    assert "gsscale: interrupted; " in said and left in said
+
+
+def test_ctrl_c_ends_the_viewer_of_a_finished_training(scene, tmp_path, capsys, monkeypatch):
+    def left_on(self):
+        after_train(self)
+        raise KeyboardInterrupt
+
+    after_train = GSScaleTrainer._after_train
+    monkeypatch.setattr(GSScaleTrainer, "_after_train", left_on)
+    with pytest.raises(SystemExit) as stopped:
+        train(make_config(scene, tmp_path))
+    assert stopped.value.code == 0
+    assert "to go on from step 2" in " ".join(capsys.readouterr().out.split())
 
 
 def test_duplicate_points_have_a_size(scene, tmp_path):
