@@ -59,6 +59,13 @@ def test_image_file_damaged(scene, tmp_path, capsys):
     ends_with_a_sentence(make_config(scene, tmp_path), capsys, image.name, "mend the file")
 
 
+@pytest.mark.parametrize("mode", ["P", "LA", "1", "I;16"])
+def test_pixels_that_are_no_colours(mode, scene, tmp_path, capsys):
+    image = sorted((scene / "images").iterdir())[1]
+    Image.open(image).convert("I" if mode == "I;16" else mode).convert(mode).save(image)
+    ends_with_a_sentence(make_config(scene, tmp_path), capsys, image.name, f"are {mode} in", "RGB")
+
+
 def test_mask_damaged(scene, tmp_path, capsys):
     def masked(content):
         content["frames"][1]["mask_path"] = "mask.png"
