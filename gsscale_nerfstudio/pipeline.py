@@ -18,7 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from gsscale_nerfstudio import memory_plan
 from gsscale_nerfstudio.budget_changes import BudgetChanges
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
-from gsscale_nerfstudio.errors import readable_errors
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 from gsscale_nerfstudio.model import GSScaleModel
 from gsscale_nerfstudio.panel import Panel
 from gsscale_nerfstudio.random_state import restore_random_state, torch_random_state
@@ -82,6 +82,16 @@ class GSScalePipeline(VanillaPipeline):
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         with readable_errors():
             super().load_pipeline(loaded_state, step)
+
+    def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> Any:
+        """Means over all held-out images, which training does not ask for if there are none."""
+        with readable_errors():
+            if len(self.datamanager.eval_dataset) == 0:
+                raise GSScaleError(
+                    "there is nothing to evaluate, because no image is held out; train again with "
+                    "some that are (--pipeline.datamanager.eval-list, or the data set's own split)"
+                )
+            return super().get_average_eval_image_metrics(*args, **kwargs)
 
     def plan_memory(self) -> None:
         """Print what training will keep where; the host store then leaves room for the others.

@@ -349,6 +349,21 @@ def test_resuming_from_a_folder_without_checkpoints(scene, tmp_path, capsys):
     ends_with_a_sentence(config, capsys, str(tmp_path), "--load-dir", "nerfstudio_models")
 
 
+def test_a_folder_is_no_checkpoint(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.load_checkpoint = tmp_path
+    ends_with_a_sentence(config, capsys, f"{tmp_path} is a folder", "--load-dir")
+
+
+def test_evaluation_of_no_images(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.pipeline.datamanager.dataparser.eval_mode = "fraction"  # a tenth of eight
+    pipeline = train(config).pipeline
+    with pytest.raises(SystemExit):
+        pipeline.get_average_eval_image_metrics()
+    assert "no image is held out" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_failed_save_keeps_the_checkpoint_before(scene, tmp_path, monkeypatch):
     path = tmp_path / "models" / "step-000000001.ckpt"
     checkpoint.save({"step": 1}, path, scratch=tmp_path)
