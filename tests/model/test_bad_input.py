@@ -292,6 +292,9 @@ def test_duplicate_points_have_a_size(scene, tmp_path):
         (lambda c: setattr(c, "mixed_precision", True), "mixed precision"),
         (lambda c: setattr(c, "use_grad_scaler", True), "gradient scaling"),
         (lambda c: setattr(c, "max_num_iterations", 0), "--max-num-iterations"),
+        (lambda c: setattr(c.logging, "steps_per_log", 0), "--logging.steps-per-log"),
+        (lambda c: setattr(c.pipeline.model, "refine_every", 0), "--pipeline.model.refine-every"),
+        (lambda c: setattr(c.pipeline.model, "reset_alpha_every", 0), "reset-alpha-every"),
         (lambda c: c.gradient_accumulation_steps.update(means=2), "gradient accumulation"),
     ],
 )
