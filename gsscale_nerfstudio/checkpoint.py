@@ -196,6 +196,11 @@ def require_whole(path: Path) -> None:
     Raises:
         GSScaleError: it is missing or damaged; names the steps that can be loaded instead.
     """
+    if path.is_dir():
+        raise GSScaleError(
+            f"the checkpoint {path} is a folder; give --load-checkpoint a file in it, or the "
+            "folder nerfstudio_models of a run to --load-dir"
+        )
     if not is_whole(path):
         state = "truncated or damaged" if path.exists() else "missing"
         raise GSScaleError(f"the checkpoint {path} is {state}; {_others(path)}")

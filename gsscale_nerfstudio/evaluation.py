@@ -13,7 +13,7 @@ from nerfstudio.pipelines.base_pipeline import Pipeline
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from gsscale_nerfstudio import checkpoint
-from gsscale_nerfstudio.errors import readable_errors
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 
 _Load = Callable[[Any, Pipeline], tuple[Path, int]]
 
@@ -44,7 +44,11 @@ def _mapped(original: _Load, kind: type[TrainerConfig]) -> _Load:
             if step is None:
                 step = checkpoint.newest_step(config.load_dir)  # raises where none is whole
             if step is None:
-                return original(config, pipeline)  # which says that there is none
+                raise GSScaleError(
+                    f"there is no checkpoint in {config.load_dir}: the run ended before its first "
+                    "one, every --steps-per-save steps and at the end, or was started in another "
+                    "folder than the current one; train again, or start this command there"
+                )
             path = checkpoint.path_of(config.load_dir, step)
             state = checkpoint.load(path)
         pipeline.load_pipeline(state["pipeline"], state["step"])

@@ -18,7 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from gsscale_nerfstudio import memory_plan
 from gsscale_nerfstudio.budget_changes import BudgetChanges
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
-from gsscale_nerfstudio.errors import readable_errors
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 from gsscale_nerfstudio.model import GSScaleModel
 from gsscale_nerfstudio.panel import Panel
 from gsscale_nerfstudio.random_state import restore_random_state, torch_random_state
@@ -83,6 +83,16 @@ class GSScalePipeline(VanillaPipeline):
         with readable_errors():
             super().load_pipeline(loaded_state, step)
 
+    def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> Any:
+        """Means over all held-out images, which training does not ask for if there are none."""
+        with readable_errors():
+            if len(self.datamanager.eval_dataset) == 0:
+                raise GSScaleError(
+                    "there is nothing to evaluate, because no image is held out; train again with "
+                    "some that are (--pipeline.datamanager.eval-list, or the data set's own split)"
+                )
+            return super().get_average_eval_image_metrics(*args, **kwargs)
+
     def plan_memory(self) -> None:
         """Print what training will keep where; the host store then leaves room for the others.
 
@@ -100,6 +110,20 @@ class GSScalePipeline(VanillaPipeline):
         self._budget_changes.begin(plan, given)
         store = self.model.engine.store
         store.claims, store.beside_row = self.datamanager.image_bytes_to_come, plan.beside_row
+
+    def tell_without_points(self) -> None:
+        """Print where Gaussians begin, if the data set has no points and they were wanted."""
+        config, points = self.model.config, self.datamanager.train_dataparser_outputs.metadata
+        if config.random_init or "points3D_xyz" in points:
+            return
+        CONSOLE.print(
+            "[bold yellow]gsscale:[/bold yellow] the data set has no 3D points that could be read, "
+            f"and training starts from {config.num_random:,} random Gaussians; for better results "
+            "give it points (nerfstudio-data: a .ply file that is there, as ply_file_path in "
+            "transforms.json; blender-data: --ply-path)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def resume_state(self) -> dict[str, Any]:
         """What exact resuming takes beside Nerfstudio's own entries of a checkpoint."""

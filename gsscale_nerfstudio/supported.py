@@ -38,6 +38,11 @@ def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
             "--max-num-iterations is the number of steps to train: 1 or more, not "
             f"{trainer.config.max_num_iterations}"
         )
+    if trainer.config.logging.steps_per_log < 1:
+        raise GSScaleError(
+            "--logging.steps-per-log is the number of steps from one line of the log to the next: "
+            f"1 or more, not {trainer.config.logging.steps_per_log}"
+        )
     for name in GROUPS:
         if not isinstance(optimizers.optimizers[name], DeferredAdam):
             raise GSScaleError(

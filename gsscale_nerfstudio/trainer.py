@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio import checkpoint
+from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
 from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 from gsscale_nerfstudio.evaluation import leave_moments_on_disk
 from gsscale_nerfstudio.optim import DeferredAdam
@@ -36,6 +38,7 @@ class GSScaleTrainerConfig(TrainerConfig):
 
     def save_config(self) -> None:
         """Write the run's ``config.yml``, the first file of it."""
+        self._name_lists_as_data()
         with readable_errors():
             try:
                 super().save_config()
@@ -43,6 +46,21 @@ class GSScaleTrainerConfig(TrainerConfig):
                 raise GSScaleError(
                     f"could not write to the run's folder: {error}; choose another --output-dir"
                 ) from error
+
+    def _name_lists_as_data(self) -> None:
+        """Let a run whose data every folder can find find its lists from there, too.
+
+        With relative data it must be loaded from this folder or one that looks like it: then
+        lists stay as they are.
+        """
+        manager = self.pipeline.datamanager
+        if not isinstance(manager, GSScaleDatamanagerConfig):
+            return
+        if not (manager.data or manager.dataparser.data).is_absolute():
+            return
+        for name in ("train_list", "eval_list"):
+            if (path := getattr(manager, name)) is not None:
+                setattr(manager, name, path.absolute())
 
     def get_checkpoint_dir(self) -> Path:
         """Folder of this run's checkpoints.
@@ -91,14 +109,30 @@ class GSScaleTrainer(Trainer):
             restore_random_state(self._random_state, self.device)
             self._random_state = None
         with readable_errors():
-            self.pipeline.plan_memory()
-            self._saved = self._start_step - 1
-            self._done = self._saved, self.pipeline.model.engine.step_count
             try:
+                self.pipeline.plan_memory()
+                self._saved = self._start_step - 1
+                self._done = self._saved, self.pipeline.model.engine.step_count
                 super().train()
             except GSScaleError:
                 self._save_before_the_end()
                 raise
+            except KeyboardInterrupt:
+                self._tell_what_is_saved()
+                # Also how a viewer that was left on after training is ended.
+                sys.exit(0 if self.training_state == "completed" else 130)
+
+    def _tell_what_is_saved(self) -> None:
+        """Print what a run that was interrupted leaves."""
+        saved = checkpoint.newest_step(self.checkpoint_dir)
+        if saved is None:
+            left = (
+                f"nothing is saved, because it is every {self.config.steps_per_save:,} steps "
+                "(--steps-per-save) and at the end"
+            )
+        else:
+            left = f"to go on from step {saved:,} give --load-dir {self.checkpoint_dir}"
+        CONSOLE.print(f"gsscale: interrupted; {left}", markup=False, soft_wrap=True)
 
     def setup_optimizers(self) -> Optimizers:
         optimizers = super().setup_optimizers()
@@ -158,6 +192,7 @@ class GSScaleTrainer(Trainer):
         path = self._checkpoint_to_load()
         if path is None:
             super()._load_checkpoint()  # which says that there is none
+            self.pipeline.tell_without_points()
             return
         checkpoint.remove_unfinished(path.parent.parent)
         state = checkpoint.load(path)

@@ -75,6 +75,12 @@ def make_strategy(config: GSScaleModelConfig, num_images: int) -> RowStrategy | 
 
 
 def _refuse(config: GSScaleModelConfig) -> None:
+    for name in ("refine_every", "reset_alpha_every"):
+        if getattr(config, name) < 1:
+            raise GSScaleError(
+                f"--pipeline.model.{name.replace('_', '-')} is how often: 1 or more, not "
+                f"{getattr(config, name)}; --pipeline.model.stop-split-at 0 ends all of it"
+            )
     other = "default" if config.strategy == "mcmc" else "mcmc"
     lost = [name for name in _FLAGS[other] if getattr(config, name) != getattr(type(config), name)]
     if lost:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 import tyro
+import yaml
+from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.utils.eval_utils import eval_setup
@@ -138,6 +140,15 @@ def _check_config(path: Path) -> None:
                 f"{path} is no config.yml of a run; it is in the run's folder, as "
                 "outputs/.../config.yml"
             )
+    try:
+        known = yaml.load(path.read_text(), Loader=yaml.Loader).method_name in all_methods
+    except Exception:  # whatever yaml makes of a file that ends too early, or of unknown classes
+        known = False
+    if not known:
+        raise GSScaleError(
+            f"{path} is damaged, or of a method that is not installed here; install that method's "
+            "package, or give the config.yml of another run, as outputs/.../config.yml"
+        )
 
 
 def entrypoint() -> None:

@@ -21,7 +21,7 @@ def explained(data: Any, *others: type[Exception]) -> Iterator[None]:
         others: errors that are the data's, too, as long as nothing is on the GPU.
     """
     surprises: tuple[type[Exception], ...] = (AssertionError, LookupError, OSError, TypeError)
-    surprises += (ValueError, EOFError, *others)
+    surprises += (ValueError, EOFError, ArithmeticError, *others)
     try:
         yield
     except GSScaleError:
@@ -61,13 +61,21 @@ def _remedy(folder: Path, error: Exception) -> str:
             "give --colmap-path, after `colmap`, the folder of cameras.bin or cameras.txt, seen "
             "from that of --data; mostly it is sparse/0"
         )
+    if isinstance(error, ZeroDivisionError):
+        return (
+            "all cameras are at one place, so that poses cannot be scaled; end the command with "
+            "`nerfstudio-data --auto-scale-poses False`, after all other flags"
+        )
+    if "list of filenames for split" in str(error):
+        return (
+            "give transforms.json all of train_filenames, val_filenames and test_filenames, or "
+            "none, or name the images with --pipeline.datamanager.train-list and eval-list"
+        )
     return (
         "check that it has at least one image with a pose, that its images are there, whole, and "
         "as large as their cameras say, that its format is the one named on the command line "
-        "(nerfstudio-data, colmap, blender-data, ...), that lists of filenames are there for "
-        "train, val and test alike (elsewhere, with --pipeline.datamanager.train-list and "
-        "eval-list, one or two are enough), and that Nerfstudio knows its camera model (for "
-        "others, `colmap image_undistorter` makes pinholes)"
+        "(nerfstudio-data, colmap, blender-data, ...), and that Nerfstudio knows its camera model "
+        "(for others, `colmap image_undistorter` makes pinholes)"
     )
 
 

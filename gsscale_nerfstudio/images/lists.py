@@ -167,9 +167,10 @@ def split(
 
 
 def all_images(parser: DataParser) -> DataparserOutputs:
-    """Every image of a data set once, in the order of paths; points and the rest are training's.
+    """Every image of a data set once, in the order of paths; points and the rest are those of the
+    first split that there is.
 
-    A format that has no images for ``val`` or ``test`` says so in a line.
+    A split that a format has no images for is told in a line.
     """
     if isinstance(parser, ColmapDataParser):
         # Its lists, beside images/, would leave images out, and insist on all three being there.
@@ -177,17 +178,21 @@ def all_images(parser: DataParser) -> DataparserOutputs:
         parser._get_image_indices = lambda files, split: np.arange(len(files))  # type: ignore[method-assign]
         parts = [parser.get_dataparser_outputs(split="train")]
     else:
-        parts = [parser.get_dataparser_outputs(split="train")]
-        for name in ("val", "test"):
+        parts, missing = [], dict[str, Exception]()
+        for name in ("train", "val", "test"):
             try:
                 parts.append(parser.get_dataparser_outputs(split=name))
             except (OSError, RuntimeError) as error:
-                CONSOLE.print(
-                    f"gsscale: the data set has no images for {name} ({error}); the lists choose "
-                    "among the others",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                missing[name] = error
+        if not parts:
+            raise missing["train"]
+        for name, reason in missing.items():
+            CONSOLE.print(
+                f"gsscale: the data set has no images for {name} ({reason}); the lists choose "
+                "among the others",
+                highlight=False,
+                soft_wrap=True,
+            )
     images = join([part for part in parts if part.image_filenames] or parts[:1])
     files = images.image_filenames
     place = {file: index for index, file in enumerate(files)}  # an image in several splits: once

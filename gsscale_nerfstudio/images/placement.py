@@ -15,11 +15,15 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.images.disk import STAGED
 from gsscale_nerfstudio.store.memory import available_memory
 
 _SHARE = 4
 """Images may take one part in this many of the host memory that is available: rows need it, too."""
+
+_COLORS = ("L", "RGB", "RGBA")
+"""Pixels whose numbers Nerfstudio reads as colours, rightly: not palette indices, CMYK, 16 bits."""
 
 _DECODING = 3
 """Images' worth of memory that a thread takes while it reads one."""
@@ -126,6 +130,7 @@ def decoded_bytes(
     Raises:
         OSError: a file is missing or no image.
         ValueError: an image or mask is not as large as its camera says.
+        GSScaleError: an image is of another kind than Nerfstudio knows.
     """
     element = 4 if image_type == "float32" else 1
     outputs = dataset._dataparser_outputs
@@ -136,27 +141,33 @@ def decoded_bytes(
 
     def size(index: int) -> int:
         camera = int(cameras.width[index]), int(cameras.height[index])
-        bands = _bands(outputs.image_filenames[index], camera, dataset.scale_factor)
+        file = outputs.image_filenames[index]
+        mode = _mode(file, camera, dataset.scale_factor)
+        if mode not in _COLORS:
+            raise GSScaleError(
+                f"the pixels of the image {file} are {mode} in Pillow's words, and Nerfstudio "
+                f"knows {', '.join(_COLORS)} only; save it and others like it as RGB of 8 bits"
+            )
         # As InputDataset: without transparency where it is painted over, grey becomes colour.
-        channels = 4 if bands == 4 and outputs.alpha_color is None else 3
+        channels = 4 if mode == "RGBA" and outputs.alpha_color is None else 3
         mask = masks[index]
         if mask is not None:
-            _bands(mask, camera, dataset.scale_factor)
+            _mode(mask, camera, dataset.scale_factor)
         return camera[0] * camera[1] * (channels * element + int(masked[index] or mask is not None))
 
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(size, range(len(dataset))))
 
 
-def _bands(file: Path, camera: tuple[int, int], scale: float) -> int:
-    """Channels of an image file, which must be as large as its camera."""
+def _mode(file: Path, camera: tuple[int, int], scale: float) -> str:
+    """What Pillow calls the pixels of an image file, which must be as large as its camera."""
     with Image.open(file) as header:
         size = tuple(int(side * scale) if scale != 1 else side for side in header.size)
         if size != camera:
             raise ValueError(
                 f"{file} has {size[0]} x {size[1]} pixels, its camera {camera[0]} x {camera[1]}"
             )
-        return len(header.getbands())
+        return header.mode
 
 
 def _page_locked(size: int) -> int:

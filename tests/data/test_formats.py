@@ -260,7 +260,7 @@ def test_lists_for_training_and_testing_only_are_not_enough(write, add, tmp_path
     with pytest.raises(SystemExit):
         trained(parser, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert "split val is missing" in said and "train, val and test alike" in said
+    assert "split val is missing" in said and "val_filenames" in said
 
 
 # -- smaller images ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from nerfstudio.cameras.cameras import Cameras
@@ -314,6 +315,29 @@ def test_a_split_that_the_data_does_not_have_is_told(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "no images for val (The dataset's list of filenames for split val is missing.)" in said
     assert "3 images are for training, 1 for evaluation, and 0 are left out" in said
+
+
+def test_the_data_need_not_have_a_list_for_training(tmp_path, capsys):
+    config = listed(nerfstudio, tmp_path, held_out=[NAMES[0]])
+    with_lists_of_names(tmp_path / "scene", {"val": [0, 1], "test": [0, 2, 3]})
+    manager = train(config).pipeline.datamanager
+    assert [stem(file) for file in manager.train_dataset.image_filenames] == [1, 2, 3]
+    assert "no images for train" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("data", ["absolute", "relative"])
+def test_lists_are_found_from_where_the_data_is(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = listed(nerfstudio, tmp_path, held_out=[NAMES[0]])
+    manager = config.pipeline.datamanager
+    manager.eval_list = Path("eval.txt")
+    if data == "relative":
+        config.data = manager.data = Path("scene")
+    config.save_config()
+    saved = yaml.load((config.get_base_dir() / "config.yml").read_text(), Loader=yaml.Loader)
+    found = saved.pipeline.datamanager.eval_list
+    assert found == (tmp_path / "eval.txt" if data == "absolute" else Path("eval.txt"))
+    assert saved.pipeline.datamanager.train_list is None
 
 
 def test_the_same_image_in_all_splits_is_trained_once(tmp_path):

@@ -98,7 +98,15 @@ def test_a_box_with_nothing_inside_is_refused(run, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [None, "{}", "[1, 2"])
+OTHERS = [
+    "!!python/object:no_such_module.Config {}",
+    "!!python/object:nerfstudio.engine.trainer.TrainerConfig {method_name: no_such_method}",
+    "!!python/object:nerfstudio.engine.trainer.TrainerConfig\npipeline: !!python",
+]
+"""Runs of methods that are not installed, and a file that ends too early."""
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[1, 2", *OTHERS])
 def test_what_is_no_run_is_refused(content, tmp_path: Path):
     config = tmp_path / "config.yml"
     if content is not None:

@@ -17,6 +17,7 @@ from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
+from gsscale_nerfstudio.trainer import GSScaleTrainer
 from tests.runs import edit_json, make_config, tiny_scene, train
 
 INTRINSICS = ("w", "h", "fl_x", "fl_y", "cx", "cy")
@@ -47,6 +48,16 @@ def test_no_images_listed(scene, tmp_path, capsys):
     ends_with_a_sentence(make_config(scene, tmp_path), capsys, "scene", "at least one image")
 
 
+def test_all_cameras_at_one_place(scene, tmp_path, capsys):
+    def at_the_origin(transforms):
+        for frame in transforms["frames"]:
+            for row in frame["transform_matrix"][:3]:
+                row[3] = 0.0
+
+    edit_json(scene, at_the_origin)
+    ends_with_a_sentence(make_config(scene, tmp_path), capsys, "--auto-scale-poses False")
+
+
 def test_image_files_missing(scene, tmp_path, capsys):
     shutil.rmtree(scene / "images")
     ends_with_a_sentence(make_config(scene, tmp_path), capsys, "images are there", "frame_")
@@ -56,6 +67,13 @@ def test_image_file_damaged(scene, tmp_path, capsys):
     image = sorted((scene / "images").iterdir())[1]
     image.write_bytes(image.read_bytes()[:100])
     ends_with_a_sentence(make_config(scene, tmp_path), capsys, image.name, "mend the file")
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "1", "I;16"])
+def test_pixels_that_are_no_colours(mode, scene, tmp_path, capsys):
+    image = sorted((scene / "images").iterdir())[1]
+    Image.open(image).convert("I" if mode == "I;16" else mode).convert(mode).save(image)
+    ends_with_a_sentence(make_config(scene, tmp_path), capsys, image.name, f"are {mode} in", "RGB")
 
 
 def test_mask_damaged(scene, tmp_path, capsys):
@@ -218,6 +236,57 @@ def test_too_few_points_start_at_random(n, scene, tmp_path, capsys):
     assert f"{n} usable points" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("change", [{"ply_file_path": "nowhere.ply"}, {"ply_file_path": None}])
+def test_no_points_are_told_where_training_begins(change, scene, tmp_path, capsys):
+    edit_json(scene, lambda content: content.update(change))
+    if change["ply_file_path"] is None:
+        edit_json(scene, lambda content: content.pop("ply_file_path"))
+    config = make_config(scene, tmp_path, num_random=100)
+    trainer = train(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no 3D points that could be read" in said and "100 random Gaussians" in said
+    resumed = make_config(scene, tmp_path, num_random=100)
+    resumed.load_dir = trainer.checkpoint_dir
+    train(resumed)
+    wanted = make_config(scene, tmp_path, num_random=100, random_init=True)
+    train(wanted)
+    assert "no 3D points" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_interrupted_training_tells_what_is_saved(saved, scene, tmp_path, capsys, monkeypatch):
+    config = make_config(scene, tmp_path, steps=9)
+    config.steps_per_save = 2 if saved else 20
+    one_step = GSScaleTrainer.train_iteration
+
+    def interrupted(self, step):
+        if step == 5:
+            raise KeyboardInterrupt  # what Ctrl-C does
+        return one_step(self, step)
+
+    monkeypatch.setattr(GSScaleTrainer, "train_iteration", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 130
+    said = " ".join(capsys.readouterr().out.split())
+    folder = config.get_checkpoint_dir()
+    left = f"to go on from step 4 give --load-dir {folder}" if saved else "every 20 steps"
+    assert "gsscale: interrupted; " in said and left in said
+
+
+def test_ctrl_c_ends_the_viewer_of_a_finished_training(scene, tmp_path, capsys, monkeypatch):
+    def left_on(self):
+        after_train(self)
+        raise KeyboardInterrupt
+
+    after_train = GSScaleTrainer._after_train
+    monkeypatch.setattr(GSScaleTrainer, "_after_train", left_on)
+    with pytest.raises(SystemExit) as stopped:
+        train(make_config(scene, tmp_path))
+    assert stopped.value.code == 0
+    assert "to go on from step 2" in " ".join(capsys.readouterr().out.split())
+
+
 def test_duplicate_points_have_a_size(scene, tmp_path):
     config = make_config(scene, tmp_path).pipeline.model
     store = seeded(config, (torch.ones(10, 3), torch.zeros(10, 3)))
@@ -233,6 +302,9 @@ def test_duplicate_points_have_a_size(scene, tmp_path):
         (lambda c: setattr(c, "mixed_precision", True), "mixed precision"),
         (lambda c: setattr(c, "use_grad_scaler", True), "gradient scaling"),
         (lambda c: setattr(c, "max_num_iterations", 0), "--max-num-iterations"),
+        (lambda c: setattr(c.logging, "steps_per_log", 0), "--logging.steps-per-log"),
+        (lambda c: setattr(c.pipeline.model, "refine_every", 0), "--pipeline.model.refine-every"),
+        (lambda c: setattr(c.pipeline.model, "reset_alpha_every", 0), "reset-alpha-every"),
         (lambda c: c.gradient_accumulation_steps.update(means=2), "gradient accumulation"),
     ],
 )
@@ -288,6 +360,21 @@ def test_resuming_from_a_folder_without_checkpoints(scene, tmp_path, capsys):
     config = make_config(scene, tmp_path)
     config.load_dir = tmp_path
     ends_with_a_sentence(config, capsys, str(tmp_path), "--load-dir", "nerfstudio_models")
+
+
+def test_a_folder_is_no_checkpoint(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.load_checkpoint = tmp_path
+    ends_with_a_sentence(config, capsys, f"{tmp_path} is a folder", "--load-dir")
+
+
+def test_evaluation_of_no_images(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.pipeline.datamanager.dataparser.eval_mode = "fraction"  # a tenth of eight
+    pipeline = train(config).pipeline
+    with pytest.raises(SystemExit):
+        pipeline.get_average_eval_image_metrics()
+    assert "no image is held out" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_failed_save_keeps_the_checkpoint_before(scene, tmp_path, monkeypatch):

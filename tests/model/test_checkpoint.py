@@ -174,6 +174,19 @@ def test_commands_do_not_read_moments(scene, tmp_path, monkeypatch):
     assert not store.exp_avg[: len(store)].any()
 
 
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+def test_a_run_without_checkpoints_ends_with_a_sentence(folder, scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    if folder == "empty":
+        config.get_checkpoint_dir().mkdir(parents=True)
+    config.save_config()
+    with pytest.raises(SystemExit):
+        eval_setup(config.get_base_dir() / "config.yml")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"gsscale: there is no checkpoint in {config.get_checkpoint_dir()}" in said
+    assert "--steps-per-save" in said
+
+
 def test_other_methods_are_loaded_by_nerfstudio(scene, tmp_path):
     """The loader that gsscale's commands use leaves them alone."""
     leave_moments_on_disk(GSScaleTrainerConfig)
