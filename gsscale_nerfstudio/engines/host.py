@@ -152,6 +152,18 @@ class HostEngine(EditableEngine):
 
     # -- before the step -------------------------------------------------------------------------
 
+    def begin(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet | ViewInParts:
+        if self._sizing.quiet and self._sizing.limited:
+            with uninterrupted():
+                self._drop_announced()  # what is prepared was made to the old limits
+                self._let_go()
+                self._forget_limits()
+        return super().begin(view, viewpoint)
+
+    def _forget_limits(self) -> None:
+        """Take as much as the budget allows, for memory has not run out for long."""
+        self._sizing.forget_limits()
+
     def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet | ViewInParts:
         self._wait_for_worker()  # the other rows of the step before last
         if not self._sizing.fits(len(prepared.ids), prepared.view):
@@ -286,6 +298,7 @@ class HostEngine(EditableEngine):
         self._sizing.give_back()
 
     def make_room(self, said: str, tries: int) -> bool:
+        self._sizing.ran_out()
         smaller = tries > 0
         if smaller and not self._sizing.halve():
             return False
@@ -387,6 +400,9 @@ class HostEngine(EditableEngine):
         """Let the culler know of a step, all rows of which have been stepped."""
         self.culler.refresh(len(self.store), pending.ids)
         self._visible.known_step = pending.step
+
+    def _step_recorded(self) -> None:
+        self._sizing.stepped()
 
     def restart(self, step: int) -> None:
         self._wait_for_worker()

@@ -131,6 +131,13 @@ class ResidentEngine(HostEngine):
                 self._start_caching()
         return super().begin(view, viewpoint)
 
+    def _forget_limits(self) -> None:
+        super()._forget_limits()
+        if self._fitted is not None:
+            self._fitted.outdated = True
+        elif self._gave_up and self._back_at is None:  # for want of memory, not for a large view
+            self._back_at = self.step_count
+
     def _look_ahead(self) -> Outlook | None:
         return super()._look_ahead() if self._fitted is None else None
 
@@ -384,6 +391,7 @@ class ResidentEngine(HostEngine):
         self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done)
 
     def _step_recorded(self) -> None:
+        super()._step_recorded()
         if self._fitted is not None:
             self._tables.record()
 

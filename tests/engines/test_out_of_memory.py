@@ -229,6 +229,38 @@ def test_after_the_smallest_cache_comes_the_host_engine(capsys):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("failures", [1, 3])
+def test_what_was_given_up_comes_back_when_memory_has_sufficed_for_long(failures, monkeypatch):
+    """A smaller cache, or, after three failures in a row, the one that was given up."""
+    monkeypatch.setattr("gsscale_nerfstudio.engines.sizing._QUIET", 4)
+    whole, _ = trained_apart({})
+    failing, sizes = trained_apart({1: 1, 2: failures})
+    small = {1: ROWS * 3 // 4, 3: 0}[failures]
+    # Another view may begin before a new cache does.
+    assert sizes[:6] == [ROWS] * 2 + [small] * 4 and sizes[7:] == [ROWS] * 5
+    assert not failing.engine._sizing.limited
+    ours, theirs = rows_of(failing.engine), rows_of(whole.engine)
+    for name in ("params", "exp_avg"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_views_are_drawn_whole_again_when_memory_has_sufficed_for_long(monkeypatch):
+    monkeypatch.setattr("gsscale_nerfstudio.engines.sizing._QUIET", 4)
+    monkeypatch.setattr("gsscale_nerfstudio.engines.sizing._FEWEST", 1)
+    engine = engine_with(None, RowLayout(1))
+    training = Failing(engine, {1: 1})
+    training.step(0)
+    training.step(1)
+    assert engine.make_room("no memory", 1)
+    most = engine._sizing.most
+    assert most < ROWS
+    for _ in range(4):
+        assert engine._sizing.most == most
+        engine._step_recorded()
+    engine.begin(around(6))
+    assert engine._sizing.most > ROWS
+
+
 def test_nothing_is_left_when_the_host_engine_fails_twice():
     engine = engine_with(None, RowLayout(1))
     training = Failing(engine, {3: 2})
