@@ -21,7 +21,9 @@ from nerfstudio.model_components.lib_bilagrid import (
 )
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.colors import get_color
+from nerfstudio.utils.rich_utils import CONSOLE
 from pytorch_msssim import SSIM
+from rich.markup import escape
 from torch import Tensor
 from torch.nn import Parameter
 from torchmetrics.image import PeakSignalNoiseRatio
@@ -121,6 +123,7 @@ class GSScaleModel(SplatfactoModel):
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
         self._penalties_in_parts: Tensor | None = None
+        self._told_of_metrics = False
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         if isinstance(self.strategy, RowMCMCStrategy):
             self.engine.noise = self.strategy.noise
@@ -464,19 +467,46 @@ class GSScaleModel(SplatfactoModel):
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         cuda = self.device.type == "cuda"
         kept = torch.cuda.memory_reserved(self.device) if cuda else 0
-        metrics_and_images = self._with_room(lambda: self._metrics_and_images(outputs, batch))
+        device = self.device
+
+        def make_room(said: str, tries: int) -> None:
+            # Only what costs training nothing: what metrics need says nothing of what views do.
+            nonlocal device
+            if tries > 1:
+                raise no_room_left(said, self.num_points, self.last_size)
+            self.engine.give_back()
+            if tries > 0:
+                device = torch.device("cpu")
+                self._tell_of_metrics(said)
+
+        metrics_and_images = retried(
+            lambda: self._metrics_and_images(outputs, batch, device), make_room
+        )
         if cuda and torch.cuda.memory_reserved(self.device) > kept:
             self.engine.give_back()  # or it would count as what views need
         return metrics_and_images
 
+    def _tell_of_metrics(self, said: str) -> None:
+        if not self._told_of_metrics:
+            self._told_of_metrics = True
+            CONSOLE.print(
+                f"[bold yellow]gsscale:[/bold yellow] GPU memory ran out in an evaluation's "
+                f"metrics ({escape(said)}); where it does, they are computed on the CPU, which "
+                "takes longer.",
+                highlight=False,
+                soft_wrap=True,
+            )
+
     def _metrics_and_images(
-        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor], device: torch.device
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """See :meth:`get_image_metrics_and_images`."""
-        truth = self.composite_with_background(
-            self.get_gt_img(batch["image"]), outputs["background"]
+        """See :meth:`get_image_metrics_and_images`; they are computed on ``device``."""
+        image, render, background = (
+            tensor.to(device) for tensor in (batch["image"], outputs["rgb"], outputs["background"])
         )
-        render = outputs["rgb"]
+        if image.dtype == torch.uint8:
+            image = image.float() / 255  # as get_gt_img(), which takes it to the GPU
+        truth = self.composite_with_background(self._downscale_if_required(image), background)
         images = {"img": torch.cat([truth, render], dim=1)}
         metrics: dict[str, float] = {}
         self._add_metrics(metrics, "", truth, render)

@@ -210,14 +210,46 @@ def test_evaluation_and_renders_are_tried_again(scene, tmp_path, monkeypatch):
     rendered = trainer.pipeline.model.last_size
     shortage = Shortage(monkeypatch)
     shortage.place("rasterize", "gsscale_nerfstudio.model.rasterize")
-    shortage.place("correct", "pytorch_msssim.SSIM.forward")
-    for place in ("rasterize", "correct"):
+    shortage.place("metrics", "pytorch_msssim.SSIM.forward")
+    for place in ("rasterize", "metrics"):
         shortage.wanted = [place]
         trainer.pipeline.datamanager.eval_unseen_cameras = [0, 1]
         metrics, again = trainer.pipeline.get_eval_image_metrics_and_images(3)
         assert len(trainer.pipeline.datamanager.eval_unseen_cameras) == 1  # one image was used
-    assert shortage.hits == ["rasterize", "correct"] and rendered == (48, 64)
+    assert shortage.hits == ["rasterize", "metrics"] and rendered == (48, 64)
     assert metrics.keys() == expected.keys() and again["img"].shape == images["img"].shape
+
+
+@pytest.mark.parametrize("engine", ["host", "resident"])
+def test_metrics_without_memory_are_computed_on_the_cpu(
+    scene, tmp_path, monkeypatch, engine, capsys
+):
+    """However often: they do not cost training its cache, and the run goes on."""
+    trainer = train(config_of(scene, tmp_path / "out", engine, False, steps=3))
+    trainer.pipeline.eval()
+    model = trainer.pipeline.model
+    evaluated = next(iter(trainer.pipeline.datamanager.fixed_indices_eval_dataloader))
+    outputs, batch = model.get_outputs(evaluated[0]), evaluated[1]
+    expected, _ = model.get_image_metrics_and_images(outputs, batch)
+    before = model.engine.cached, model.engine._sizing.most
+    shortage, tried = Shortage(monkeypatch), []
+    shortage.place("SSIM", "pytorch_msssim.SSIM.forward")
+    compute = model._metrics_and_images
+
+    def noted(*args: Any) -> Any:
+        tried.append(args[-1].type)
+        return compute(*args)
+
+    monkeypatch.setattr(model, "_metrics_and_images", noted)
+    capsys.readouterr()
+    for failures in (2, 1, 2):
+        shortage.wanted = ["SSIM"] * failures
+        metrics, _ = model.get_image_metrics_and_images(outputs, batch)
+        assert metrics == expected and len(tried) == failures + 1 and tried[-1] == "cpu"
+        tried.clear()
+    assert (model.engine.cached, model.engine._sizing.most) == before
+    assert not model.engine._sizing.limited
+    assert capsys.readouterr().out.count("computed on the") == 1
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RAdam])
