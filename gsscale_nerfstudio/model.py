@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
@@ -22,6 +23,8 @@ from nerfstudio.model_components.lib_bilagrid import (
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.colors import get_color
 from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer.render_state_machine import RenderStateMachine
+from nerfstudio.viewer_legacy.server import render_state_machine as legacy
 from pytorch_msssim import SSIM
 from rich.markup import escape
 from torch import Tensor
@@ -39,6 +42,7 @@ from gsscale_nerfstudio.engines import (
     WorkingSet,
     make_engine,
 )
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.monitor import Monitor
@@ -50,8 +54,6 @@ from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.gauss_params import GaussParams
 from gsscale_nerfstudio.supported import refuse_unsupported
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -123,7 +125,7 @@ class GSScaleModel(SplatfactoModel):
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
         self._penalties_in_parts: Tensor | None = None
-        self._told_of_metrics = False
+        self._told_of_metrics = self._told_of_grey = False
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         if isinstance(self.strategy, RowMCMCStrategy):
             self.engine.noise = self.strategy.noise
@@ -224,7 +226,7 @@ class GSScaleModel(SplatfactoModel):
 
         Raises:
             GSScaleError: a camera that cannot be rendered, or a view that needs more GPU memory
-                than there is.
+                than there is. Nerfstudio's viewer gets a grey picture in its place.
             torch.OutOfMemoryError: the same in training, where something may still be given up.
         """
         if not isinstance(camera, Cameras):
@@ -233,19 +235,51 @@ class GSScaleModel(SplatfactoModel):
         if self.training:  # the trainer knows what to do when memory runs out
             return self._outputs(camera)
         following = next(self.path, None)
-        return self._with_room(lambda: self._outputs(camera, following))
+        try:
+            return self._with_room(camera, following)
+        except GSScaleError as error:
+            if not _in_viewer():
+                raise
+            return self._grey(camera, error)
 
-    def _with_room(self, render: Callable[[], T]) -> T:
-        """The result of ``render()``, which only reads, with less in GPU memory if that runs out.
+    def _with_room(self, camera: Cameras, following: Cameras | None) -> dict[str, Any]:
+        """What is rendered, which only reads, with less in GPU memory if that runs out.
 
         Nerfstudio renders between steps: its viewer's thread has to wait for the step under way.
         """
 
         def make_room(said: str, tries: int) -> None:
+            # A picture does not cost training its cache, or views in one piece, as long as smaller
+            # windows of it may do; one for the viewer never does.
+            if self.engine.optimizers:
+                if self.engine.show_less(View.from_camera(camera), tries):
+                    return
+                if _in_viewer():
+                    height, width = self.last_size
+                    raise GSScaleError(
+                        f"the GPU's memory does not hold a picture of {width} x {height} pixels "
+                        f"beside training ({said}); lower Max Res in the viewer, or "
+                        "--pipeline.model.vram-budget-gb, which the panel can change"
+                    )
             if not self.engine.make_room(said, tries):
                 raise no_room_left(said, self.num_points, self.last_size)
 
-        return retried(render, make_room)
+        return retried(lambda: self._outputs(camera, following), make_room)
+
+    def _grey(self, camera: Cameras, error: GSScaleError) -> dict[str, Any]:
+        """What the viewer shows when it cannot be given a picture. An error would end its thread,
+        and with it all pictures to come."""
+        if not self._told_of_grey:
+            self._told_of_grey = True
+            CONSOLE.print(
+                f"[bold yellow]gsscale:[/bold yellow] the viewer shows grey: {escape(str(error))}.",
+                highlight=False,
+                soft_wrap=True,
+            )
+        # On the CPU: it may be the GPU that has no room.
+        size = int(camera.width.item()), int(camera.height.item())
+        outputs = self.get_empty_outputs(*size, torch.full((3,), 0.5))
+        return {**outputs, "background": outputs["rgb"]}
 
     def _outputs(self, camera: Cameras, following: Cameras | None = None) -> dict[str, Any]:
         """See :meth:`get_outputs`; outside of training ``following`` may be rendered next."""
@@ -523,3 +557,8 @@ class GSScaleModel(SplatfactoModel):
         lpips = self.lpips(truth, render)
         if lpips is not None:
             metrics[prefix + "lpips"] = float(lpips)
+
+
+def _in_viewer() -> bool:
+    """Whether it is a thread of Nerfstudio's viewer that asks."""
+    return isinstance(threading.current_thread(), (RenderStateMachine, legacy.RenderStateMachine))

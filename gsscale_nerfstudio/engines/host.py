@@ -263,11 +263,33 @@ class HostEngine(EditableEngine):
     def windows(self, view: View) -> list[View]:
         """The view through windows that :meth:`fetch` can bring, in order: itself if it fits."""
         with uninterrupted():
-            if self._sizing.fits(len(self.store), view):
+            if self._can_show(len(self.store), view):
                 return [view]
             self._wait_for_worker()
             self._finish_step()
-            return [window for window, _ in self._windows(view)]
+            return [window for window, _ in windows_of(view, self._rows_in, self._can_show)]
+
+    def _can_show(self, rows: int, view: View) -> bool:
+        """Whether so many rows of a view can be on the device at a time, to be rendered."""
+        return rows <= self._sizing.most_shown and self._sizing.fits(rows, view)
+
+    def show_less(self, view: View, tries: int) -> bool:
+        """Let GPU memory suffice for renders, at no cost to training, because it has run out.
+
+        Called between steps, when nothing of a render that failed is held any more.
+
+        Args:
+            view: that was rendered.
+            tries: how often this was called for this render already.
+
+        Returns:
+            False if there is nothing more to be done.
+        """
+        with uninterrupted():
+            if tries > 0 and not self._sizing.show_less(self.visible_rows(view)):
+                return False
+            self._sizing.give_back()
+            return True
 
     def _windows(self, view: View) -> list[tuple[View, Tensor]]:
         return windows_of(view, self._rows_in, self._sizing.fits)

@@ -244,9 +244,10 @@ class ResidentEngine(HostEngine):
         cache = self._cache
         return None if cache is None else (cache.table.in_use, len(cache))
 
-    def windows(self, view: View) -> list[View]:
-        # Where there is a cache there is room for a view.
-        return super().windows(view) if self._fitted is None else [view]
+    def _can_show(self, rows: int, view: View) -> bool:
+        if self._fitted is None:
+            return super()._can_show(rows, view)
+        return rows <= self._sizing.most_shown  # where there is a cache there is room for a view
 
     def _admit_late(self, prepared: _Prepared, fitted: FittedCache) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""

@@ -59,6 +59,7 @@ class ViewSizing:
 
     Attributes:
         most: whatever the budget says; less than without end once memory has run out.
+        most_shown: the same of renders while there is training, which give up nothing else.
         brought: rows of the last view, or part of one, that was brought to the device.
     """
 
@@ -66,7 +67,7 @@ class ViewSizing:
         self._budget, self._device, self._layout = budget, device, layout
         self._per_row = float(_VIEW_ROW_BYTES)  # device memory that a row of a view needs
         self._within_budget = 0
-        self.most = _NO_LIMIT
+        self.most = self.most_shown = _NO_LIMIT
         self.brought = 0
         self._quiet_steps = 0
 
@@ -99,14 +100,27 @@ class ViewSizing:
         self.most = self.brought // 2
         return True
 
+    def show_less(self, rows: int) -> bool:
+        """Let renders have a quarter of ``rows``, or of what they may have, at a time.
+
+        Returns:
+            False if that would not help, see :meth:`halve`.
+        """
+        fewer = min(rows, self.most_shown) // 4
+        if fewer < _FEWEST:
+            return False
+        self.most_shown = fewer
+        self.ran_out()  # or it would be forgotten in the next step
+        return True
+
     @property
     def limited(self) -> bool:
         """Whether memory has run out, and less may be on the device since."""
-        return self.most < _NO_LIMIT
+        return min(self.most, self.most_shown) < _NO_LIMIT
 
     def forget_limits(self) -> None:
         """Go by the budget alone again."""
-        self.most = _NO_LIMIT
+        self.most = self.most_shown = _NO_LIMIT
 
     def ran_out(self) -> None:
         """Memory has run out."""
