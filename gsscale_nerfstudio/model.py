@@ -46,7 +46,12 @@ from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.monitor import Monitor
-from gsscale_nerfstudio.out_of_memory import no_room_left, retried
+from gsscale_nerfstudio.out_of_memory import (
+    is_out_of_memory,
+    no_room_left,
+    no_room_to_densify,
+    retried,
+)
 from gsscale_nerfstudio.parts import Picture, draw_in_parts, draw_windows
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
 from gsscale_nerfstudio.regularization import penalties, term_names
@@ -202,7 +207,12 @@ class GSScaleModel(SplatfactoModel):
 
     def step_post_backward(self, step: int) -> None:
         assert step == self.step
-        self.strategy.refine(self.engine, step)
+        try:
+            self.strategy.refine(self.engine, step)
+        except RuntimeError as error:  # Nerfstudio calls this outside of the step that is retried
+            if not is_out_of_memory(error):
+                raise
+            raise no_room_to_densify(error) from error
 
     def load_state_dict(self, dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         self.step = 30000  # as splatfacto: all SH bands and the full resolution

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -445,12 +446,15 @@ class ResidentEngine(HostEngine):
     def _summarize(self, out: Tensor) -> None:
         super()._summarize(out)
         if self._cache is not None:
-            self._cache.summarize(out, self._tables)
+            for piece in self._cache.pieces():
+                # Done again by itself: those before it have no statistics any more.
+                self.on_device(partial(self._cache.summarize, *piece, out, self._tables))
 
     def _limit_opacities(self, most: float) -> None:
         super()._limit_opacities(most)
         if self._cache is not None:
-            self._cache.limit_opacities(most, self._tables)
+            for _, slots in self._cache.pieces():
+                self.on_device(partial(self._cache.limit_opacities, slots, most, self._tables))
             self._rows_done = mark_current(self.device)
 
     def _bring_home(self, ids: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines import Engine, ResidentEngine
+from gsscale_nerfstudio.engines import Engine, ResidentEngine, cache
 from gsscale_nerfstudio.engines.cache import RowCache
 from gsscale_nerfstudio.engines.sizing import CacheSizing
 from gsscale_nerfstudio.engines.streams import Stress
@@ -348,6 +348,55 @@ def test_pieces_are_written_back(monkeypatch):
     cache.write_back(None)
     before[50:150] += 1
     assert torch.equal(store.params[:ROWS], before)
+
+
+def test_densification_is_tried_again_piece_by_piece(monkeypatch):
+    """What was summed up before has no statistics any more, and is not lost."""
+    monkeypatch.setattr("gsscale_nerfstudio.engines.cache._PIECE", 50)
+    kernels = {"summarize_slots": 0, "limit_slots": 0}
+
+    def scarce(name: str) -> None:
+        run = getattr(cache, name)
+
+        def failing(*args: Any) -> None:
+            kernels[name] += 1
+            if kernels[name] == 3:
+                raise torch.cuda.OutOfMemoryError(MESSAGE)
+            run(*args)
+
+        monkeypatch.setattr(cache, name, failing)
+
+    summaries, engines = [], []
+    for fails in (False, True):
+        engine = engine_with(2 * largest_view(RowLayout(1)), RowLayout(1))
+        training = Training(engine)
+        for step in range(STEPS):
+            training.step(step)
+        assert 50 < engine.cached[0] < ROWS
+        if fails:
+            for name in kernels:
+                scarce(name)
+        summary = engine.summarize()
+        summaries.append(torch.stack([summary.gradient, summary.radius, summary.opacity]).clone())
+        engine.limit_opacities(-0.1)
+        engines.append(engine)
+    pieces = -(-engine.cached[0] // 50)
+    assert kernels == dict.fromkeys(kernels, pieces + 1) and pieces > 2
+    assert summaries[0][0].any() and torch.equal(*summaries)
+    assert_same(*engines)
+
+
+def test_densification_takes_no_second_lack_of_memory():
+    engine = engine_with(None, RowLayout(1))
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        raise torch.cuda.OutOfMemoryError(MESSAGE)
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        engine.on_device(work)
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize("under_way", [False, True])

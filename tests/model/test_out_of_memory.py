@@ -209,6 +209,18 @@ def test_a_step_whose_log_has_no_memory_is_not_done_twice(scene, tmp_path, monke
     assert "--log-gradients" in capsys.readouterr().out
 
 
+def test_densification_that_has_no_memory_says_what_to_do(scene, tmp_path, monkeypatch, capsys):
+    """Nerfstudio calls it outside of a step."""
+    shortage = Shortage(monkeypatch)
+    shortage.place("densify", "gsscale_nerfstudio.densify.RowStrategy._densify")
+    shortage.wanted = ["densify"]
+    with pytest.raises(SystemExit):
+        train(config_of(scene, tmp_path / "out", "host", False))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "GPU memory ran out in densification (CUDA out of memory. Tried" in told
+    assert "--load-dir" in told
+
+
 def test_evaluation_and_renders_are_tried_again(scene, tmp_path, monkeypatch):
     trainer = train(config_of(scene, tmp_path / "out", "host", False, steps=3))
     expected, images = trainer.pipeline.get_eval_image_metrics_and_images(3)
