@@ -103,6 +103,12 @@ class ResidentEngine(HostEngine):
 
     def _start_caching(self) -> None:
         """Be the resident engine from the next view on."""
+        self._drop_announced()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # kernels may still be reading staging
+        # That of the host engine, which may have run since the last cache, takes ten times what a
+        # cache needs, and is page-locked.
+        self._set_up_staging_of_views(self.store, self.device)
         self._returns = SphereReturns(self.store.capacity, self.device)
         self._tables = DeviceTables(self.history, self.device)
         self._prepared_views = 0
@@ -298,6 +304,8 @@ class ResidentEngine(HostEngine):
         assert self._fitted is not None
         self._take_spheres(wait_for_all=True)
         self._fitted.remove(self._rows_done)
+        # Its buffers go, too: the host engine needs room for its own.
+        self._returns = SphereReturns(self.store.capacity, self.device)
         self._fitted, self._gave_up = None, True
         if reason:
             CONSOLE.print(
