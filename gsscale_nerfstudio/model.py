@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
@@ -21,7 +22,11 @@ from nerfstudio.model_components.lib_bilagrid import (
 )
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from nerfstudio.utils.colors import get_color
+from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.viewer.render_state_machine import RenderStateMachine
+from nerfstudio.viewer_legacy.server import render_state_machine as legacy
 from pytorch_msssim import SSIM
+from rich.markup import escape
 from torch import Tensor
 from torch.nn import Parameter
 from torchmetrics.image import PeakSignalNoiseRatio
@@ -37,10 +42,16 @@ from gsscale_nerfstudio.engines import (
     WorkingSet,
     make_engine,
 )
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.monitor import Monitor
-from gsscale_nerfstudio.out_of_memory import no_room_left, retried
+from gsscale_nerfstudio.out_of_memory import (
+    is_out_of_memory,
+    no_room_left,
+    no_room_to_densify,
+    retried,
+)
 from gsscale_nerfstudio.parts import Picture, draw_in_parts, draw_windows
 from gsscale_nerfstudio.rasterize import Rendering, rasterize
 from gsscale_nerfstudio.regularization import penalties, term_names
@@ -48,8 +59,6 @@ from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.gauss_params import GaussParams
 from gsscale_nerfstudio.supported import refuse_unsupported
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -121,6 +130,7 @@ class GSScaleModel(SplatfactoModel):
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
         self._penalties_in_parts: Tensor | None = None
+        self._told_of_metrics = self._told_of_grey = False
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         if isinstance(self.strategy, RowMCMCStrategy):
             self.engine.noise = self.strategy.noise
@@ -197,7 +207,12 @@ class GSScaleModel(SplatfactoModel):
 
     def step_post_backward(self, step: int) -> None:
         assert step == self.step
-        self.strategy.refine(self.engine, step)
+        try:
+            self.strategy.refine(self.engine, step)
+        except RuntimeError as error:  # Nerfstudio calls this outside of the step that is retried
+            if not is_out_of_memory(error):
+                raise
+            raise no_room_to_densify(error) from error
 
     def load_state_dict(self, dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         self.step = 30000  # as splatfacto: all SH bands and the full resolution
@@ -221,7 +236,7 @@ class GSScaleModel(SplatfactoModel):
 
         Raises:
             GSScaleError: a camera that cannot be rendered, or a view that needs more GPU memory
-                than there is.
+                than there is. Nerfstudio's viewer gets a grey picture in its place.
             torch.OutOfMemoryError: the same in training, where something may still be given up.
         """
         if not isinstance(camera, Cameras):
@@ -230,19 +245,51 @@ class GSScaleModel(SplatfactoModel):
         if self.training:  # the trainer knows what to do when memory runs out
             return self._outputs(camera)
         following = next(self.path, None)
-        return self._with_room(lambda: self._outputs(camera, following))
+        try:
+            return self._with_room(camera, following)
+        except GSScaleError as error:
+            if not _in_viewer():
+                raise
+            return self._grey(camera, error)
 
-    def _with_room(self, render: Callable[[], T]) -> T:
-        """The result of ``render()``, which only reads, with less in GPU memory if that runs out.
+    def _with_room(self, camera: Cameras, following: Cameras | None) -> dict[str, Any]:
+        """What is rendered, which only reads, with less in GPU memory if that runs out.
 
         Nerfstudio renders between steps: its viewer's thread has to wait for the step under way.
         """
 
         def make_room(said: str, tries: int) -> None:
+            # A picture does not cost training its cache, or views in one piece, as long as smaller
+            # windows of it may do; one for the viewer never does.
+            if self.engine.optimizers:
+                if self.engine.show_less(View.from_camera(camera), tries):
+                    return
+                if _in_viewer():
+                    height, width = self.last_size
+                    raise GSScaleError(
+                        f"the GPU's memory does not hold a picture of {width} x {height} pixels "
+                        f"beside training ({said}); lower Max Res in the viewer, or "
+                        "--pipeline.model.vram-budget-gb, which the panel can change"
+                    )
             if not self.engine.make_room(said, tries):
                 raise no_room_left(said, self.num_points, self.last_size)
 
-        return retried(render, make_room)
+        return retried(lambda: self._outputs(camera, following), make_room)
+
+    def _grey(self, camera: Cameras, error: GSScaleError) -> dict[str, Any]:
+        """What the viewer shows when it cannot be given a picture. An error would end its thread,
+        and with it all pictures to come."""
+        if not self._told_of_grey:
+            self._told_of_grey = True
+            CONSOLE.print(
+                f"[bold yellow]gsscale:[/bold yellow] the viewer shows grey: {escape(str(error))}.",
+                highlight=False,
+                soft_wrap=True,
+            )
+        # On the CPU: it may be the GPU that has no room.
+        size = int(camera.width.item()), int(camera.height.item())
+        outputs = self.get_empty_outputs(*size, torch.full((3,), 0.5))
+        return {**outputs, "background": outputs["rgb"]}
 
     def _outputs(self, camera: Cameras, following: Cameras | None = None) -> dict[str, Any]:
         """See :meth:`get_outputs`; outside of training ``following`` may be rendered next."""
@@ -464,19 +511,46 @@ class GSScaleModel(SplatfactoModel):
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         cuda = self.device.type == "cuda"
         kept = torch.cuda.memory_reserved(self.device) if cuda else 0
-        metrics_and_images = self._with_room(lambda: self._metrics_and_images(outputs, batch))
+        device = self.device
+
+        def make_room(said: str, tries: int) -> None:
+            # Only what costs training nothing: what metrics need says nothing of what views do.
+            nonlocal device
+            if tries > 1:
+                raise no_room_left(said, self.num_points, self.last_size)
+            self.engine.give_back()
+            if tries > 0:
+                device = torch.device("cpu")
+                self._tell_of_metrics(said)
+
+        metrics_and_images = retried(
+            lambda: self._metrics_and_images(outputs, batch, device), make_room
+        )
         if cuda and torch.cuda.memory_reserved(self.device) > kept:
             self.engine.give_back()  # or it would count as what views need
         return metrics_and_images
 
+    def _tell_of_metrics(self, said: str) -> None:
+        if not self._told_of_metrics:
+            self._told_of_metrics = True
+            CONSOLE.print(
+                f"[bold yellow]gsscale:[/bold yellow] GPU memory ran out in an evaluation's "
+                f"metrics ({escape(said)}); where it does, they are computed on the CPU, which "
+                "takes longer.",
+                highlight=False,
+                soft_wrap=True,
+            )
+
     def _metrics_and_images(
-        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor], device: torch.device
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """See :meth:`get_image_metrics_and_images`."""
-        truth = self.composite_with_background(
-            self.get_gt_img(batch["image"]), outputs["background"]
+        """See :meth:`get_image_metrics_and_images`; they are computed on ``device``."""
+        image, render, background = (
+            tensor.to(device) for tensor in (batch["image"], outputs["rgb"], outputs["background"])
         )
-        render = outputs["rgb"]
+        if image.dtype == torch.uint8:
+            image = image.float() / 255  # as get_gt_img(), which takes it to the GPU
+        truth = self.composite_with_background(self._downscale_if_required(image), background)
         images = {"img": torch.cat([truth, render], dim=1)}
         metrics: dict[str, float] = {}
         self._add_metrics(metrics, "", truth, render)
@@ -493,3 +567,8 @@ class GSScaleModel(SplatfactoModel):
         lpips = self.lpips(truth, render)
         if lpips is not None:
             metrics[prefix + "lpips"] = float(lpips)
+
+
+def _in_viewer() -> bool:
+    """Whether it is a thread of Nerfstudio's viewer that asks."""
+    return isinstance(threading.current_thread(), (RenderStateMachine, legacy.RenderStateMachine))

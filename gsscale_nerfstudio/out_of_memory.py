@@ -55,6 +55,36 @@ def retried(attempt: Callable[[], T], make_room: Callable[[str, int], None]) -> 
         tries += 1
 
 
+def tried_again(attempt: Callable[[], T], give_back: Callable[[], None]) -> T:
+    """The result of ``attempt()``, which is made once more if memory runs out in it.
+
+    Args:
+        attempt: has changed nothing when memory runs out in it.
+        give_back: called in between; what it gives back costs nothing.
+
+    Raises:
+        RuntimeError: it ran out again.
+    """
+    try:
+        return attempt()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # as in retried()
+    gc.collect()
+    give_back()
+    return attempt()
+
+
+def no_room_to_densify(error: RuntimeError) -> GSScaleError:
+    """What is to be told when memory ran out in densification, as ``error`` says."""
+    return GSScaleError(
+        f"GPU memory ran out in densification ({_in_short(error)}), which needs some 25 MB there; "
+        "end what else takes the GPU's memory, or lower --pipeline.model.vram-budget-gb, and go on "
+        "from the last checkpoint with --load-dir"
+    )
+
+
 def no_room_left(said: str, rows: int, size: tuple[int, int]) -> GSScaleError:
     """The end: what is to be told when nothing can be given up any more.
 

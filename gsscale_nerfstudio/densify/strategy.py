@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from gsplat.strategy import DefaultStrategy
@@ -181,7 +182,7 @@ def _edits(engine: EditableEngine, changes: _Changes) -> Iterator[RowEdit]:
         sources = changes.copied[part]
         yield RowEdit(nobody, no_rows, engine.settled_rows(sources), sources, nobody)
     parents = changes.parents
-    for noise in _split_noise(changes.survives, engine.device):
+    for noise in _split_noise(changes.survives, engine):
         for part in chunks(noise.shape[1], EDIT_ROWS):
             sources = parents[part]
             rows = engine.settled_rows(sources)
@@ -190,15 +191,17 @@ def _edits(engine: EditableEngine, changes: _Changes) -> Iterator[RowEdit]:
         parents = parents[noise.shape[1] :]
 
 
-def _split_noise(survives: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Standard normal numbers [2, k, 3] for parents, on the CPU, from the generator of ``device``.
+def _split_noise(survives: Tensor, engine: EditableEngine) -> Iterator[Tensor]:
+    """Standard normal numbers [2, k, 3] for parents, on the CPU, from the device's generator.
 
     splatfacto draws from that one, too: later backgrounds then depend on how many rows were split,
     and trainings with one seed are as far apart as splatfacto's are. Like splatfacto it draws for
     all rows that are split, also for those whose children will not be.
     """
     for rows in chunks(len(survives)):  # the GPU has no room to spare for all of them
-        drawn = torch.randn(2, rows.stop - rows.start, 3, device=device)
+        size = 2, rows.stop - rows.start, 3
+        # Memory comes before numbers: where there is none, none has been drawn.
+        drawn = engine.on_device(partial(torch.randn, size, device=engine.device))
         yield drawn.cpu()[:, survives[rows]]
 
 

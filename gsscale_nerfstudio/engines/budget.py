@@ -27,6 +27,14 @@ class Budget:
 
     gigabytes: float | None = None
 
+    def is_more_than(self, other: Budget) -> bool:
+        """Whether it allows more, as far as the card has it."""
+        ours, theirs = (
+            float("inf") if budget.gigabytes is None else budget.gigabytes
+            for budget in (self, other)
+        )
+        return ours > theirs
+
     def cache_rows(
         self, device: torch.device, row_bytes: int, needed: int, cached_rows: int = 0
     ) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ from gsscale_nerfstudio.engines.kernels import (
 from gsscale_nerfstudio.engines.noise_kernels import draw_noise, step_noise
 from gsscale_nerfstudio.engines.slot_kernels import limit_slots, summarize_slots
 from gsscale_nerfstudio.engines.staging import Staging
-from gsscale_nerfstudio.engines.streams import Mark, SideStream, wait
+from gsscale_nerfstudio.engines.streams import Mark, SideStream, mark_current, wait
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, leaf_gradients
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore
@@ -38,7 +39,7 @@ _RING = 3
 """Views whose lists may be on their way to the device at the same time."""
 
 _PIECE = 1 << 20
-"""Rows that are written back at a time: a list of 12 MB."""
+"""Rows that are written back, or summed up, at a time: lists of 12 MB."""
 
 
 @dataclass(frozen=True)
@@ -218,20 +219,36 @@ class RowCache:
         self._free_slots = slots - self.table.in_use
         self._make_lists(slots)
 
-    def summarize(self, out: Tensor, tables: DeviceTables) -> None:
-        """:meth:`.EditableEngine.summarize` for resident rows.
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All resident rows, ascending, and their slots, piece by piece: [n] int32 each.
+
+        For kernels of the current stream, which read them where they are, in page-locked memory:
+        like :meth:`write_back`, densification takes no memory on the device.
+        """
+        pieces = (ids.split(_PIECE) for ids in self.residents())
+        for i, (rows, slots) in enumerate(zip(*pieces, strict=True)):
+            lists = self._lists[i % _RING]
+            slots_there, rows_there = (staging.rows(len(rows)) for staging in lists)
+            rows_there = rows_there.flatten()[: len(rows)]
+            yield rows_there.copy_(rows), slots_there.copy_(slots)
+            # The kernels that were queued for this piece may not have read it yet.
+            read = mark_current(self.device)
+            for staging in lists:
+                staging.used_until(read)
+
+    def summarize(self, rows: Tensor, slots: Tensor, out: Tensor, tables: DeviceTables) -> None:
+        """:meth:`.EditableEngine.summarize` for one of the :meth:`pieces`.
 
         Args:
+            rows, slots: the piece.
             out: [4, rows] float32, page-locked; entries of other rows stay.
             tables: the Adam history.
         """
-        rows, slots = (ids.to(self.device) for ids in self.residents())
         summarize_slots(self._arrays, rows, slots, out, self.store.layout, tables)
 
-    def limit_opacities(self, most: float, tables: DeviceTables) -> None:
-        """:meth:`.EditableEngine.limit_opacities` for resident rows."""
-        _, slots = self.residents()
-        limit_slots(self._arrays, slots.to(self.device), most, self.store.layout, tables)
+    def limit_opacities(self, slots: Tensor, most: float, tables: DeviceTables) -> None:
+        """:meth:`.EditableEngine.limit_opacities` for one of the :meth:`pieces`."""
+        limit_slots(self._arrays, slots, most, self.store.layout, tables)
 
     def gather(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ from torch import Tensor
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.engines.base import Engine
 from gsscale_nerfstudio.engines.staging import Staging
+from gsscale_nerfstudio.out_of_memory import tried_again
 from gsscale_nerfstudio.store.edit import Placement, RowEdit, RowSummary
 from gsscale_nerfstudio.store.host import PASSING_BYTES
 from gsscale_nerfstudio.store.layout import GROUPS
 from gsscale_nerfstudio.store.memory import with_spare
+
+T = TypeVar("T")
 
 
 def summary_bytes(rows: int) -> int:
@@ -31,6 +35,18 @@ class EditableEngine(Engine):
     """
 
     _summary: Staging
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Let the device have the memory that torch keeps for later. Called between steps."""
+
+    def on_device(self, work: Callable[[], T]) -> T:
+        """The result of ``work()``, done once more if GPU memory runs out in it.
+
+        Args:
+            work: densification's on the device; has changed nothing when memory runs out in it.
+        """
+        return tried_again(work, self.give_back)
 
     def summarize(self) -> RowSummary:
         """What densification decides by. The statistics start again from zero.

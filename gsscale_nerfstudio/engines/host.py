@@ -34,10 +34,22 @@ from gsscale_nerfstudio.engines.threads import uninterrupted
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
-from gsscale_nerfstudio.store.memory import with_spare
+from gsscale_nerfstudio.store.host import headroom
+from gsscale_nerfstudio.store.memory import available_memory, with_spare
 
 _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
+
+_MOST_PARTS = 16
+"""Into which a view is divided for want of host memory."""
+
+
+def _can_be_locked(size: int) -> bool:
+    """Whether so many bytes of host memory can be taken.
+
+    Rows leave headroom to all else, of which staging may have half: it is what comes last.
+    """
+    return size == 0 or size <= available_memory() - headroom() // 2
 
 
 @dataclass(frozen=True)
@@ -87,18 +99,25 @@ class HostEngine(EditableEngine):
         self._pending: _PendingStep | None = None
         self._outlook: Outlook | None = None
         self._last_lrs: np.ndarray | None = None
+        self._told_of_parts = False
         self._set_up_staging(store, device)
         super().__init__(store, device)
 
     def _set_up_staging(self, store: HostStore, device: torch.device) -> None:
+        self._summary = Staging(4 * store.capacity, 0, device)
+        self._set_up_staging_of_views(store, device)
+
+    def _set_up_staging_of_views(self, store: HostStore, device: torch.device) -> None:
+        """Begin with buffers that take no memory yet; nobody uses the present ones any more."""
         capacity, width = store.capacity, store.layout.width
+        self._staged = 0  # rows of the largest view so far for which there was memory
         self._outgoing = Staging(capacity, width, device)  # hot rows, or a whole view's
         self._cold = Upload(capacity, width, device)
         # The worker may still be stepping rows with the last gradients when the next are written.
-        # Those before it has done with: begin() has waited for it in between.
+        # Those before it has done with: begin() has waited for it in between. Where it has not been
+        # given any, as with views in parts, the first is used again.
         self._gradients = [Staging(capacity, width, device) for _ in range(2)]
         self._lists = SplitLists(capacity, device)
-        self._summary = Staging(4 * capacity, 0, device)
 
     @classmethod
     def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
@@ -132,7 +151,7 @@ class HostEngine(EditableEngine):
 
     def _prepare(self, view: View, step: int, ahead: bool) -> Any:
         ids = self._rows_of(view, step, ahead)
-        if not ahead or self._outlook is None or not self._sizing.fits(len(ids), view):
+        if not ahead or self._outlook is None or not self._fits(len(ids), view):
             return PreparedView(view, ids)
         return PreparedView(view, ids, self._send_cold(ids, self._outlook))
 
@@ -152,9 +171,21 @@ class HostEngine(EditableEngine):
 
     # -- before the step -------------------------------------------------------------------------
 
+    def begin(self, view: View, viewpoint: Viewpoint | None = None) -> WorkingSet | ViewInParts:
+        if self._sizing.quiet and self._sizing.limited:
+            with uninterrupted():
+                self._drop_announced()  # what is prepared was made to the old limits
+                self._let_go()
+                self._forget_limits()
+        return super().begin(view, viewpoint)
+
+    def _forget_limits(self) -> None:
+        """Take as much as the budget allows, for memory has not run out for long."""
+        self._sizing.forget_limits()
+
     def _bring(self, prepared: Any, viewpoint: Viewpoint) -> WorkingSet | ViewInParts:
         self._wait_for_worker()  # the other rows of the step before last
-        if not self._sizing.fits(len(prepared.ids), prepared.view):
+        if not self._fits(len(prepared.ids), prepared.view):
             self._finish_step()
             return self._in_parts(prepared.view, prepared.ids)
         cold, row_bytes = prepared.cold, 4 * self.store.layout.width
@@ -192,6 +223,8 @@ class HostEngine(EditableEngine):
             self._gather(ids, rows, split.hot, self.history.tables)
             unpack(rows, self.store.layout, attributes, viewpoint, split.hot)
         else:
+            # The worker reads these while the next are written to the other buffer.
+            self._gradients.reverse()
             self._wait_for_gradients(pending)
             for start in range(0, len(rows), _HOT_PART):
                 part = slice(start, start + _HOT_PART)
@@ -251,14 +284,78 @@ class HostEngine(EditableEngine):
     def windows(self, view: View) -> list[View]:
         """The view through windows that :meth:`fetch` can bring, in order: itself if it fits."""
         with uninterrupted():
-            if self._sizing.fits(len(self.store), view):
+            if self._can_show(len(self.store), view):
                 return [view]
             self._wait_for_worker()
             self._finish_step()
-            return [window for window, _ in self._windows(view)]
+            return [window for window, _ in windows_of(view, self._rows_in, self._can_show)]
 
-    def _windows(self, view: View) -> list[tuple[View, Tensor]]:
-        return windows_of(view, self._rows_in, self._sizing.fits)
+    def _can_show(self, rows: int, view: View) -> bool:
+        """Whether so many rows of a view can be on the device at a time, to be rendered."""
+        return (
+            rows <= self._sizing.most_shown
+            and self._sizing.fits(rows, view)
+            and _can_be_locked(self._outgoing.to_be_locked(rows))
+        )
+
+    def show_less(self, view: View, tries: int) -> bool:
+        """Let GPU memory suffice for renders, at no cost to training, because it has run out.
+
+        Called between steps, when nothing of a render that failed is held any more.
+
+        Args:
+            view: that was rendered.
+            tries: how often this was called for this render already.
+
+        Returns:
+            False if there is nothing more to be done.
+        """
+        with uninterrupted():
+            if tries > 0 and not self._sizing.show_less(self.visible_rows(view)):
+                return False
+            self._sizing.give_back()
+            return True
+
+    def _fits(self, rows: int, view: View) -> bool:
+        """Whether a view of so many rows can be trained in one piece: on the device, and here.
+
+        The memory plan does not reckon with this engine's staging while there is a cache, or scenes
+        would have to be smaller by an eighth to a quarter for the sake of views that may never
+        come. When the host is full they have less: parts take two of the buffers.
+        """
+        if not self._sizing.fits(rows, view):
+            return False
+        if rows > self._staged:
+            size = sum(s.to_be_locked(rows) for s in (self._outgoing, *self._gradients))
+            size += self._cold.to_be_locked(rows) + self._lists.to_be_locked(rows)
+            if not _can_be_locked(size):
+                self._tell_of_parts(rows)
+                return False
+            self._staged = rows
+        return True
+
+    def _tell_of_parts(self, rows: int) -> None:
+        if not self._told_of_parts:
+            self._told_of_parts = True
+            CONSOLE.print(
+                "[bold yellow]gsscale:[/bold yellow] host memory is low: it has no room for what a "
+                f"view of {rows:,} Gaussians sends to the GPU and back, and such views are drawn "
+                "in parts, which takes a second forward pass. Free host memory, or raise "
+                "--pipeline.model.vram-budget-gb if the GPU has more memory.",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _windows(self, view: View, ids: Tensor) -> list[tuple[View, Tensor]]:
+        """The windows of a view that is to be trained in parts, whose rows are ``ids``."""
+        few = len(ids) // _MOST_PARTS
+
+        def fits(rows: int, window: View) -> bool:
+            # Windows without end would not help: so few rows have to have room.
+            here = rows <= few or _can_be_locked(self._outgoing.to_be_locked(rows))
+            return here and self._sizing.fits(rows, window)
+
+        return windows_of(view, self._rows_in, fits)
 
     def _rows_in(self, window: View) -> Tensor:
         """Ids of the rows that a window, or a whole view, may see."""
@@ -269,7 +366,8 @@ class HostEngine(EditableEngine):
 
     def _in_parts(self, view: View, ids: Tensor) -> ViewInParts:
         self._count(len(ids), len(ids), 4 * len(ids) * self.store.layout.width)
-        parts = parts_of(ids, self._windows(view))
+        self._gradients[0].rows(len(ids))  # first: it needs them, and the rest is for windows
+        parts = parts_of(ids, self._windows(view, ids))
         return ViewInParts(ids, parts, self.store.layout, self._gradients[0])
 
     def bring_part(
@@ -286,6 +384,7 @@ class HostEngine(EditableEngine):
         self._sizing.give_back()
 
     def make_room(self, said: str, tries: int) -> bool:
+        self._sizing.ran_out()
         smaller = tries > 0
         if smaller and not self._sizing.halve():
             return False
@@ -347,7 +446,6 @@ class HostEngine(EditableEngine):
         else:
             grads = staging.rows(len(working))
             pack(working, layout, grads)  # from here on nothing needs memory on the device
-        self._gradients.reverse()
         arrived = mark_current(self.device)
         staging.used_until(arrived)
         self.counters["link_bytes"] += grads.nbytes
@@ -387,6 +485,9 @@ class HostEngine(EditableEngine):
         """Let the culler know of a step, all rows of which have been stepped."""
         self.culler.refresh(len(self.store), pending.ids)
         self._visible.known_step = pending.step
+
+    def _step_recorded(self) -> None:
+        self._sizing.stepped()
 
     def restart(self, step: int) -> None:
         self._wait_for_worker()

@@ -123,6 +123,10 @@ class SplitLists:
             hot_before[:common], hot[:common], only_before[: n - common], cold[: m - common]
         )
 
+    def to_be_locked(self, n: int) -> int:
+        """Bytes of host memory that splitting a view of ``n`` rows would take."""
+        return sum(staging.to_be_locked(n) for staging in self._read_there)
+
     def read_until(self, mark: Mark) -> None:
         """The device has read the positions at ``mark``."""
         for staging in self._read_there:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +103,12 @@ class ResidentEngine(HostEngine):
 
     def _start_caching(self) -> None:
         """Be the resident engine from the next view on."""
+        self._drop_announced()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # kernels may still be reading staging
+        # That of the host engine, which may have run since the last cache, takes ten times what a
+        # cache needs, and is page-locked.
+        self._set_up_staging_of_views(self.store, self.device)
         self._returns = SphereReturns(self.store.capacity, self.device)
         self._tables = DeviceTables(self.history, self.device)
         self._prepared_views = 0
@@ -130,6 +137,13 @@ class ResidentEngine(HostEngine):
                 self._sizing.forget_views()
                 self._start_caching()
         return super().begin(view, viewpoint)
+
+    def _forget_limits(self) -> None:
+        super()._forget_limits()
+        if self._fitted is not None:
+            self._fitted.outdated = True
+        elif self._gave_up and self._back_at is None:  # for want of memory, not for a large view
+            self._back_at = self.step_count
 
     def _look_ahead(self) -> Outlook | None:
         return super()._look_ahead() if self._fitted is None else None
@@ -237,9 +251,10 @@ class ResidentEngine(HostEngine):
         cache = self._cache
         return None if cache is None else (cache.table.in_use, len(cache))
 
-    def windows(self, view: View) -> list[View]:
-        # Where there is a cache there is room for a view.
-        return super().windows(view) if self._fitted is None else [view]
+    def _can_show(self, rows: int, view: View) -> bool:
+        if self._fitted is None:
+            return super()._can_show(rows, view)
+        return rows <= self._sizing.most_shown  # where there is a cache there is room for a view
 
     def _admit_late(self, prepared: _Prepared, fitted: FittedCache) -> _Prepared:
         """Admit a view that had no room while the last one was being trained."""
@@ -289,6 +304,8 @@ class ResidentEngine(HostEngine):
         assert self._fitted is not None
         self._take_spheres(wait_for_all=True)
         self._fitted.remove(self._rows_done)
+        # Its buffers go, too: the host engine needs room for its own.
+        self._returns = SphereReturns(self.store.capacity, self.device)
         self._fitted, self._gave_up = None, True
         if reason:
             CONSOLE.print(
@@ -384,6 +401,7 @@ class ResidentEngine(HostEngine):
         self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done)
 
     def _step_recorded(self) -> None:
+        super()._step_recorded()
         if self._fitted is not None:
             self._tables.record()
 
@@ -436,12 +454,15 @@ class ResidentEngine(HostEngine):
     def _summarize(self, out: Tensor) -> None:
         super()._summarize(out)
         if self._cache is not None:
-            self._cache.summarize(out, self._tables)
+            for piece in self._cache.pieces():
+                # Done again by itself: those before it have no statistics any more.
+                self.on_device(partial(self._cache.summarize, *piece, out, self._tables))
 
     def _limit_opacities(self, most: float) -> None:
         super()._limit_opacities(most)
         if self._cache is not None:
-            self._cache.limit_opacities(most, self._tables)
+            for _, slots in self._cache.pieces():
+                self.on_device(partial(self._cache.limit_opacities, slots, most, self._tables))
             self._rows_done = mark_current(self.device)
 
     def _bring_home(self, ids: Tensor) -> None:

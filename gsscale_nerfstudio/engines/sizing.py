@@ -27,6 +27,14 @@ LEAST_VIEW_ROW_BYTES = 300
 _FEWEST = 1024
 """Rows: where so few do not fit, it is not for their number."""
 
+_QUIET = 1000
+"""Steps without a lack of memory after which limits that one has set are forgotten. What took the
+memory may be gone, another program or a phase of the schedule; if it is not, a step in a thousand
+is done again to find the limit anew."""
+
+_NO_LIMIT = 2**31 - 1
+"""Rows are numbered by 32 bits."""
+
 _ROOMY = 8
 """Views' worth of slots from which two views are admitted ahead."""
 
@@ -51,6 +59,7 @@ class ViewSizing:
 
     Attributes:
         most: whatever the budget says; less than without end once memory has run out.
+        most_shown: the same of renders while there is training, which give up nothing else.
         brought: rows of the last view, or part of one, that was brought to the device.
     """
 
@@ -58,8 +67,9 @@ class ViewSizing:
         self._budget, self._device, self._layout = budget, device, layout
         self._per_row = float(_VIEW_ROW_BYTES)  # device memory that a row of a view needs
         self._within_budget = 0
-        self.most = 2**31 - 1
+        self.most = self.most_shown = _NO_LIMIT
         self.brought = 0
+        self._quiet_steps = 0
 
     def fits(self, rows: int, view: View) -> bool:
         """Whether so many rows of a view can be on the device at a time, with the host engine.
@@ -90,6 +100,41 @@ class ViewSizing:
         self.most = self.brought // 2
         return True
 
+    def show_less(self, rows: int) -> bool:
+        """Let renders have a quarter of ``rows``, or of what they may have, at a time.
+
+        Returns:
+            False if that would not help, see :meth:`halve`.
+        """
+        fewer = min(rows, self.most_shown) // 4
+        if fewer < _FEWEST:
+            return False
+        self.most_shown = fewer
+        self.ran_out()  # or it would be forgotten in the next step
+        return True
+
+    @property
+    def limited(self) -> bool:
+        """Whether memory has run out, and less may be on the device since."""
+        return min(self.most, self.most_shown) < _NO_LIMIT
+
+    def forget_limits(self) -> None:
+        """Go by the budget alone again."""
+        self.most = self.most_shown = _NO_LIMIT
+
+    def ran_out(self) -> None:
+        """Memory has run out."""
+        self._quiet_steps = 0
+
+    def stepped(self) -> None:
+        """A step was done, and memory has sufficed."""
+        self._quiet_steps += 1
+
+    @property
+    def quiet(self) -> bool:
+        """Whether memory has sufficed for long enough to try with more."""
+        return self._quiet_steps >= _QUIET
+
     def give_back(self) -> None:
         """Let the device have the memory that torch keeps for later."""
         if self._device.type == "cuda":
@@ -98,6 +143,8 @@ class ViewSizing:
 
     def keep_to(self, budget: Budget) -> None:
         """Go by another budget from the next view on."""
+        if budget.is_more_than(self._budget):
+            self.forget_limits()  # or what was too much within the old one would be for ever
         self._budget = budget
         self._within_budget = 0  # to be asked for again
 
@@ -126,7 +173,7 @@ class CacheSizing(ViewSizing):
         # Rows and pixels of the view that needed most since memory was given back.
         self._largest_since = (0, 0)
         self._taken = 0  # bytes in use between views, beside the cache
-        self._most_slots = 2**31 - 1  # because more turned out to be too many
+        self._most_slots = _NO_LIMIT  # because more turned out to be too many
         self._counted = (0.0, 0.0)  # rows, and of these missed, when the rates were last asked
 
     @property
@@ -200,13 +247,22 @@ class CacheSizing(ViewSizing):
             enough: rows of a cache that has left enough.
 
         Returns:
-            Rows that the next one may have, and all later ones: a quarter less, but not less than
-            enough, or than a view needs if there were more.
+            Rows that the next one may have, and later ones until :meth:`forget_limits`: a quarter
+            less, but not less than enough, or than a view needs if there were more.
         """
         if slots > self.view_rows:
             enough = max(enough, self.view_rows)
         self._most_slots = max(slots - slots // 4, enough)
+        self.ran_out()
         return self._most_slots
+
+    @property
+    def limited(self) -> bool:
+        return super().limited or self._most_slots < _NO_LIMIT
+
+    def forget_limits(self) -> None:
+        super().forget_limits()
+        self._most_slots = _NO_LIMIT
 
     def observe(self, cached_rows: int) -> None:
         """Learn what a row of a view needs: it depends on how many tiles of the image it covers.

@@ -123,8 +123,8 @@ def summarize_slots(
 
     Args:
         arrays: of the cache.
-        rows: [n] int32 on the device, ascending.
-        slots: [n] int32 on the device, where each row is.
+        rows: [n] int32 on the device or page-locked, ascending.
+        slots: [n] int32 likewise, where each row is.
         out: [4, rows of the store] float32, page-locked.
         layout: of the rows.
         tables: the Adam history.
@@ -141,13 +141,16 @@ def summarize_slots(
                 HORIZON=tables.history.horizon, N_GROUPS=tables.skip.shape[1], WIDTH=layout.width,
                 SLOTS=SLOTS,
             )  # fmt: skip
-    wait(mark_current(slots.device))
+    wait(mark_current(arrays[0].device))
 
 
 def limit_slots(
     arrays: Arrays, slots: Tensor, most: float, layout: RowLayout, tables: DeviceTables
 ) -> None:
-    """Clamp the settled opacity logits of cached rows to ``most`` and zero their moments."""
+    """Clamp the settled opacity logits of cached rows to ``most`` and zero their moments.
+
+    ``slots`` [n] int32, where they are, are on the device or page-locked.
+    """
     n = len(slots)
     if n > 0:
         with LAUNCH:

@@ -40,6 +40,10 @@ class Staging:
             self._array.pin_whole(n)
         return self._tensor[:n]
 
+    def to_be_locked(self, n: int) -> int:
+        """Bytes of host memory that asking for ``n`` rows would take."""
+        return self._array.to_be_locked(n) if self._cuda else 0
+
     def used_until(self, mark: Mark) -> None:
         """The buffer belongs to a copy or a kernel that ends at ``mark``."""
         self._in_use_until = mark
@@ -67,6 +71,10 @@ class Upload:
     def rows(self, n: int) -> Tensor:
         """[n, width] in host memory, to be filled and sent."""
         return self._staging.rows(n)
+
+    def to_be_locked(self, n: int) -> int:
+        """See :meth:`Staging.to_be_locked`."""
+        return self._staging.to_be_locked(n)
 
     def send(self, rows: Tensor) -> tuple[Tensor, Mark]:
         """Queue the copy of filled rows: those on the device, and when they will be there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,27 +29,39 @@ class Worker:
         # to share its core would hold up all the others at the end of each loop.
         threads = 3 * len(os.sched_getaffinity(0)) // 4
         self._thread = ThreadPoolExecutor(1, "gsscale-engine", _C.set_threads, (threads,))
-        self._jobs: list[Future[Any]] = []
+        # Each with the thread that wants it done.
+        self._jobs: dict[Future[Any], int] = {}
 
     def submit(self, job: Callable[..., T], *args: Any) -> Future[T]:
         """Have ``job(*args)`` done when the worker has done all jobs before."""
         # Results are large: they are not held for longer than those who asked for them do.
-        self._jobs = [job for job in self._jobs if not job.done() or job.exception() is not None]
-        self._jobs.append(self._thread.submit(_delayed, job, *args))
-        return self._jobs[-1]
+        self._jobs = {
+            job: thread
+            for job, thread in self._jobs.items()
+            if not job.done() or job.exception() is not None
+        }
+        future = self._thread.submit(_delayed, job, *args)
+        self._jobs[future] = threading.get_ident()
+        return future
 
     def wait(self) -> None:
         """Make sure that it is at rest.
 
         Raises:
-            Exception: what a job has raised, but for a lack of GPU memory, which is for those to
-                know who ask for the job's result.
+            Exception: what a job has raised, the first of several, but for a lack of GPU memory,
+                which is for those to know who ask for the job's result.
         """
-        jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            error = job.exception()
-            if error is not None and not is_out_of_memory(error):
-                raise error
+        # All of them before any error: later jobs may touch rows, too.
+        errors = {job: job.exception() for job in self._jobs}
+        failed = [
+            (job, e) for job, e in errors.items() if e is not None and not is_out_of_memory(e)
+        ]
+        # The viewer's thread may be the first to meet the error of a step. It is kept for the
+        # thread that wanted the job done, or training would go on with rows that were not stepped.
+        here = threading.get_ident()
+        self._jobs = {job: self._jobs[job] for job, _ in failed if self._jobs[job] != here}
+        if failed:
+            raise failed[0][1]
 
 
 def _delayed(job: Callable[..., T], *args: Any) -> T:

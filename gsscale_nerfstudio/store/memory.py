@@ -175,12 +175,29 @@ class ReservedArray:
         Nothing may be reading or writing it: what is locked now is unlocked first.
 
         Raises:
-            GSScaleError: CUDA could not lock the memory.
+            GSScaleError: the system does not have the memory, or CUDA could not lock it.
         """
+        more = self.to_be_locked(rows)
+        if more == 0:
+            return
+        available = available_memory()
+        if more > available:  # locking takes it at once, and the process would be killed
+            raise GSScaleError(
+                f"buffers for {rows:,} Gaussians on their way to or from the GPU need "
+                f"{more / 1e9:.1f} GB more host memory, and {available / 1e9:.1f} GB are available "
+                "(in a container, within its limit); free host memory, or go on from the last "
+                "checkpoint (--load-dir) with a larger --pipeline.model.vram-budget-gb"
+            )
+        size = self._pinned_end + more
+        self.unpin()
+        self._lock(size)
+
+    def to_be_locked(self, rows: int) -> int:
+        """Bytes that :meth:`pin_whole` would take, beyond what is locked already."""
         wanted = min(rows * self._row_bytes, self._total_bytes)
-        if self._pinned_end < wanted:
-            self.unpin()
-            self._lock(max(_PIN_CHUNKS[0], with_spare(wanted)))
+        if self._pinned_end >= wanted:
+            return 0
+        return min(max(_PIN_CHUNKS[0], with_spare(wanted)), self._total_bytes) - self._pinned_end
 
     @property
     def _total_bytes(self) -> int:

@@ -158,6 +158,28 @@ def test_an_edit_in_pieces_is_the_edit(kind, prune, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
+def test_random_numbers_are_the_same_when_memory_runs_out_before_them(monkeypatch):
+    ends = []
+    for failures in (0, 1):
+        torch.manual_seed(5)
+        store = random_store()
+        ours = RowStrategy(**SETTINGS, refine_start_iter=500)
+        draw, left = torch.randn, [failures]
+
+        def scarce(*args, draw=draw, left=left, **options):
+            if left[0] > 0:
+                left[0] -= 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return draw(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randn", scarce)
+            ours.refine(engine_of(store), 600)
+        assert left == [0]
+        ends.append(table_of_store(store))
+    assert torch.equal(*ends)
+
+
 def test_opacity_reset_is_gsplats():
     store = random_store()
     params, optimizers, state = as_gsplat(store)

@@ -324,7 +324,7 @@ def test_rows_that_are_loaded_are_not_stepped_over(device, begun, without_kernel
         engine.optimizers[name].step()
     if begun:
         engine.begin(turning(10))
-        assert not engine._worker._jobs[-1].done()
+        assert not list(engine._worker._jobs)[-1].done()
     adam.load_state_dict(saved)
     moments = engine.store.column("means", engine.store.exp_avg)
     for _ in range(2):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines import Engine, ResidentEngine
+from gsscale_nerfstudio.engines import Engine, ResidentEngine, cache
 from gsscale_nerfstudio.engines.cache import RowCache
 from gsscale_nerfstudio.engines.sizing import CacheSizing
 from gsscale_nerfstudio.engines.streams import Stress
@@ -229,6 +229,38 @@ def test_after_the_smallest_cache_comes_the_host_engine(capsys):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("failures", [1, 3])
+def test_what_was_given_up_comes_back_when_memory_has_sufficed_for_long(failures, monkeypatch):
+    """A smaller cache, or, after three failures in a row, the one that was given up."""
+    monkeypatch.setattr("gsscale_nerfstudio.engines.sizing._QUIET", 4)
+    whole, _ = trained_apart({})
+    failing, sizes = trained_apart({1: 1, 2: failures})
+    small = {1: ROWS * 3 // 4, 3: 0}[failures]
+    # Another view may begin before a new cache does.
+    assert sizes[:6] == [ROWS] * 2 + [small] * 4 and sizes[7:] == [ROWS] * 5
+    assert not failing.engine._sizing.limited
+    ours, theirs = rows_of(failing.engine), rows_of(whole.engine)
+    for name in ("params", "exp_avg"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_views_are_drawn_whole_again_when_memory_has_sufficed_for_long(monkeypatch):
+    monkeypatch.setattr("gsscale_nerfstudio.engines.sizing._QUIET", 4)
+    monkeypatch.setattr("gsscale_nerfstudio.engines.sizing._FEWEST", 1)
+    engine = engine_with(None, RowLayout(1))
+    training = Failing(engine, {1: 1})
+    training.step(0)
+    training.step(1)
+    assert engine.make_room("no memory", 1)
+    most = engine._sizing.most
+    assert most < ROWS
+    for _ in range(4):
+        assert engine._sizing.most == most
+        engine._step_recorded()
+    engine.begin(around(6))
+    assert engine._sizing.most > ROWS
+
+
 def test_nothing_is_left_when_the_host_engine_fails_twice():
     engine = engine_with(None, RowLayout(1))
     training = Failing(engine, {3: 2})
@@ -316,6 +348,55 @@ def test_pieces_are_written_back(monkeypatch):
     cache.write_back(None)
     before[50:150] += 1
     assert torch.equal(store.params[:ROWS], before)
+
+
+def test_densification_is_tried_again_piece_by_piece(monkeypatch):
+    """What was summed up before has no statistics any more, and is not lost."""
+    monkeypatch.setattr("gsscale_nerfstudio.engines.cache._PIECE", 50)
+    kernels = {"summarize_slots": 0, "limit_slots": 0}
+
+    def scarce(name: str) -> None:
+        run = getattr(cache, name)
+
+        def failing(*args: Any) -> None:
+            kernels[name] += 1
+            if kernels[name] == 3:
+                raise torch.cuda.OutOfMemoryError(MESSAGE)
+            run(*args)
+
+        monkeypatch.setattr(cache, name, failing)
+
+    summaries, engines = [], []
+    for fails in (False, True):
+        engine = engine_with(2 * largest_view(RowLayout(1)), RowLayout(1))
+        training = Training(engine)
+        for step in range(STEPS):
+            training.step(step)
+        assert 50 < engine.cached[0] < ROWS
+        if fails:
+            for name in kernels:
+                scarce(name)
+        summary = engine.summarize()
+        summaries.append(torch.stack([summary.gradient, summary.radius, summary.opacity]).clone())
+        engine.limit_opacities(-0.1)
+        engines.append(engine)
+    pieces = -(-engine.cached[0] // 50)
+    assert kernels == dict.fromkeys(kernels, pieces + 1) and pieces > 2
+    assert summaries[0][0].any() and torch.equal(*summaries)
+    assert_same(*engines)
+
+
+def test_densification_takes_no_second_lack_of_memory():
+    engine = engine_with(None, RowLayout(1))
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        raise torch.cuda.OutOfMemoryError(MESSAGE)
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        engine.on_device(work)
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize("under_way", [False, True])

@@ -88,6 +88,28 @@ def test_refused_with_the_least_that_would_do():
     assert engine.budget.gigabytes == least
 
 
+def test_a_larger_budget_is_not_held_down_by_a_lack_of_memory_before_it():
+    layout = RowLayout(1)
+    store = store_of(layout)
+    view = max(HostEngine(store, CPU).visible_rows(view) for view in ring_of_views())
+    engine = ResidentEngine(store, CPU, budget_for(3 * view, layout, view))
+    cached = []
+
+    def change(step: int) -> None:
+        cached.append(engine.cached)
+        if step == 6:
+            assert engine.make_room("no memory", 1)
+        if step == 12:
+            engine.set_budget(budget_for(2.9 * view, layout, view))
+        if step == 18:
+            engine.set_budget(budget_for(3 * ROWS, layout, view))
+
+    drive(engine, 24, before_step=change)
+    before, short, same, larger = (cached[step][1] for step in (6, 12, 18, 23))
+    assert short == same == before - before // 4
+    assert larger == ROWS + ROWS // 8
+
+
 def test_more_memory_brings_the_cache_back(capsys):
     layout = RowLayout(1)
     store = store_of(layout)

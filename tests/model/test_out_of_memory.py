@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import threading
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from nerfstudio.viewer.render_state_machine import RenderStateMachine
 
+import gsscale_nerfstudio.model
 from gsscale_nerfstudio.demo.scene import write_scene
+from gsscale_nerfstudio.engines import ResidentEngine
 from gsscale_nerfstudio.engines.base import Engine
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.trainer import GSScaleTrainer
 from gsscale_nerfstudio.undo import Undo
 from tests.runs import differences, edit_json, make_config, seeded, tiny_scene, train
@@ -204,20 +209,147 @@ def test_a_step_whose_log_has_no_memory_is_not_done_twice(scene, tmp_path, monke
     assert "--log-gradients" in capsys.readouterr().out
 
 
+def test_densification_that_has_no_memory_says_what_to_do(scene, tmp_path, monkeypatch, capsys):
+    """Nerfstudio calls it outside of a step."""
+    shortage = Shortage(monkeypatch)
+    shortage.place("densify", "gsscale_nerfstudio.densify.RowStrategy._densify")
+    shortage.wanted = ["densify"]
+    with pytest.raises(SystemExit):
+        train(config_of(scene, tmp_path / "out", "host", False))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "GPU memory ran out in densification (CUDA out of memory. Tried" in told
+    assert "--load-dir" in told
+
+
 def test_evaluation_and_renders_are_tried_again(scene, tmp_path, monkeypatch):
     trainer = train(config_of(scene, tmp_path / "out", "host", False, steps=3))
     expected, images = trainer.pipeline.get_eval_image_metrics_and_images(3)
     rendered = trainer.pipeline.model.last_size
     shortage = Shortage(monkeypatch)
     shortage.place("rasterize", "gsscale_nerfstudio.model.rasterize")
-    shortage.place("correct", "pytorch_msssim.SSIM.forward")
-    for place in ("rasterize", "correct"):
+    shortage.place("metrics", "pytorch_msssim.SSIM.forward")
+    for place in ("rasterize", "metrics"):
         shortage.wanted = [place]
         trainer.pipeline.datamanager.eval_unseen_cameras = [0, 1]
         metrics, again = trainer.pipeline.get_eval_image_metrics_and_images(3)
         assert len(trainer.pipeline.datamanager.eval_unseen_cameras) == 1  # one image was used
-    assert shortage.hits == ["rasterize", "correct"] and rendered == (48, 64)
+    assert shortage.hits == ["rasterize", "metrics"] and rendered == (48, 64)
     assert metrics.keys() == expected.keys() and again["img"].shape == images["img"].shape
+
+
+def trained(scene: Any, output: Any, engine: str) -> tuple[GSScaleTrainer, Any]:
+    """A training between two steps, and a camera to render."""
+    trainer = train(config_of(scene, output, engine, False, steps=3))
+    trainer.pipeline.eval()
+    camera, _ = next(iter(trainer.pipeline.datamanager.fixed_indices_eval_dataloader))
+    return trainer, camera
+
+
+def state_of(engine: Engine) -> Any:
+    cache = engine._cache if isinstance(engine, ResidentEngine) else None
+    return cache, engine.cached, engine._sizing.most, getattr(engine._sizing, "_most_slots", 0)
+
+
+@pytest.mark.parametrize("engine", ["host", "resident"])
+def test_a_render_without_memory_is_drawn_in_windows_first(scene, tmp_path, monkeypatch, engine):
+    """Training keeps its cache, and views in one piece; later renders begin with windows."""
+    trainer, camera = trained(scene, tmp_path / "out", engine)
+    model = trainer.pipeline.model
+    expected, before = model.get_outputs(camera), state_of(model.engine)
+    drawn = []
+    rasterize = gsscale_nerfstudio.model.rasterize
+
+    def small(means: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if options["window"] is None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        drawn.append(len(means))
+        return rasterize(means, *args, **options)
+
+    monkeypatch.setattr(gsscale_nerfstudio.model, "rasterize", small)
+    monkeypatch.setattr("gsscale_nerfstudio.engines.sizing._FEWEST", 1)
+    model.engine._sizing._quiet_steps = 5000
+    for _ in range(2):
+        drawn.clear()
+        outputs = model.get_outputs(camera)
+        assert len(drawn) > 1
+        for name in ("rgb", "depth", "accumulation"):
+            torch.testing.assert_close(outputs[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert state_of(model.engine) == before and not model.engine._sizing.quiet
+
+
+class InViewer(RenderStateMachine):
+    """A thread as the viewer's, which one error ends."""
+
+    def __init__(self, work: Any) -> None:
+        threading.Thread.__init__(self)
+        self.work, self.result = work, None
+
+    def run(self) -> None:
+        self.result = self.work()
+
+
+@pytest.mark.parametrize("engine", ["host", "resident"])
+def test_the_viewer_gets_a_grey_picture_and_others_an_error(
+    scene, tmp_path, monkeypatch, engine, capsys
+):
+    trainer, camera = trained(scene, tmp_path / "out", engine)
+    model = trainer.pipeline.model
+    expected, before = model.get_outputs(camera), state_of(model.engine)
+    capsys.readouterr()
+    rasterize = gsscale_nerfstudio.model.rasterize
+
+    def scarce(*args: Any, **options: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gsscale_nerfstudio.model, "rasterize", scarce)
+    for _ in range(2):
+        viewer = InViewer(lambda: model.get_outputs(camera))
+        viewer.start()
+        viewer.join()
+        assert viewer.result.keys() == expected.keys()
+        assert (viewer.result["rgb"] == 0.5).all()
+        for name, tensor in expected.items():
+            assert viewer.result[name].shape == tensor.shape
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("the viewer shows grey") == 1 and "64 x 48 pixels" in said
+    assert state_of(model.engine) == before
+    monkeypatch.setattr(gsscale_nerfstudio.model, "rasterize", rasterize)
+    assert torch.equal(model.get_outputs(camera)["rgb"], expected["rgb"])
+    monkeypatch.setattr(gsscale_nerfstudio.model, "rasterize", scarce)
+    with pytest.raises(GSScaleError, match="nothing is left"):
+        model.get_outputs(camera)
+
+
+@pytest.mark.parametrize("engine", ["host", "resident"])
+def test_metrics_without_memory_are_computed_on_the_cpu(
+    scene, tmp_path, monkeypatch, engine, capsys
+):
+    """However often: they do not cost training its cache, and the run goes on."""
+    trainer = train(config_of(scene, tmp_path / "out", engine, False, steps=3))
+    trainer.pipeline.eval()
+    model = trainer.pipeline.model
+    evaluated = next(iter(trainer.pipeline.datamanager.fixed_indices_eval_dataloader))
+    outputs, batch = model.get_outputs(evaluated[0]), evaluated[1]
+    expected, _ = model.get_image_metrics_and_images(outputs, batch)
+    before = model.engine.cached, model.engine._sizing.most
+    shortage, tried = Shortage(monkeypatch), []
+    shortage.place("SSIM", "pytorch_msssim.SSIM.forward")
+    compute = model._metrics_and_images
+
+    def noted(*args: Any) -> Any:
+        tried.append(args[-1].type)
+        return compute(*args)
+
+    monkeypatch.setattr(model, "_metrics_and_images", noted)
+    capsys.readouterr()
+    for failures in (2, 1, 2):
+        shortage.wanted = ["SSIM"] * failures
+        metrics, _ = model.get_image_metrics_and_images(outputs, batch)
+        assert metrics == expected and len(tried) == failures + 1 and tried[-1] == "cpu"
+        tried.clear()
+    assert (model.engine.cached, model.engine._sizing.most) == before
+    assert not model.engine._sizing.limited
+    assert capsys.readouterr().out.count("computed on the") == 1
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RAdam])
