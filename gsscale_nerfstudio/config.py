@@ -11,7 +11,7 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from gsscale_nerfstudio.checkpoint import allow_numpy_scalars
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
-from gsscale_nerfstudio.model import GSScaleModelConfig
+from gsscale_nerfstudio.model_config import GSScaleModelConfig
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.pipeline import GSScalePipelineConfig
 from gsscale_nerfstudio.trainer import GSScaleTrainerConfig

@@ -22,7 +22,8 @@ from gsscale_nerfstudio.store.memory import available_memory, with_spare
 
 if TYPE_CHECKING:
     from gsscale_nerfstudio.datamanager import GSScaleDatamanager
-    from gsscale_nerfstudio.model import GSScaleModel, GSScaleModelConfig
+    from gsscale_nerfstudio.model import GSScaleModel
+    from gsscale_nerfstudio.model_config import GSScaleModelConfig
 
 _VIEWS = 256
 """Views that are culled to find the largest: the one of all is not much larger."""

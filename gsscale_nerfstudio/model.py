@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
@@ -15,17 +14,12 @@ from nerfstudio.engine.callbacks import (
     TrainingCallbackLocation,
 )
 from nerfstudio.model_components import renderers
-from nerfstudio.model_components.lib_bilagrid import (
-    BilateralGrid,
-    color_correct,
-    total_variation_loss,
-)
-from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
+from nerfstudio.model_components.lib_bilagrid import BilateralGrid, total_variation_loss
+from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.utils.colors import get_color
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer_legacy.server import render_state_machine as legacy
-from pytorch_msssim import SSIM
 from rich.markup import escape
 from torch import Tensor
 from torch.nn import Parameter
@@ -44,7 +38,8 @@ from gsscale_nerfstudio.engines import (
 )
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.loss import photometric_loss
-from gsscale_nerfstudio.lpips import LazyLPIPS
+from gsscale_nerfstudio.metrics import ImageMetrics
+from gsscale_nerfstudio.model_config import GSScaleModelConfig
 from gsscale_nerfstudio.monitor import Monitor
 from gsscale_nerfstudio.out_of_memory import (
     is_out_of_memory,
@@ -59,48 +54,6 @@ from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.gauss_params import GaussParams
 from gsscale_nerfstudio.supported import refuse_unsupported
-
-
-@dataclass
-class GSScaleModelConfig(SplatfactoModelConfig):
-    """splatfacto's options; memory, engine, moments and strategy are gsscale's."""
-
-    _target: type = field(default_factory=lambda: GSScaleModel)
-    max_gaussians: int | None = None
-    """Largest number of Gaussians. Each takes 784 bytes of host memory at SH degree 3 (528 with
-    moments of 16 bits). When the limit is reached, densification goes on with the most needed ones
-    only. Training does not begin if host memory cannot hold them. Unset: as many as host memory
-    holds at the time. GPU memory and speed depend on the Gaussians that a view sees, not on
-    this."""
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How Adam's two moments of each Gaussian are kept. "bfloat16" (16 bits, rounded
-    stochastically) takes a third less host memory (528 bytes a Gaussian instead of 784 at SH degree
-    3), sends a third less over the link between host and GPU, and lets the resident engine's cache
-    hold half as many Gaussians again. It is no longer exactly dense Adam, but of the same quality
-    on three scenes."""
-    engine: Literal["auto", "host", "resident"] = "auto"
-    """Where Adam runs. "resident": on the GPU, in a cache of Gaussians that takes GPU memory up to
-    the budget; fast. "host": on the CPU; takes the least GPU memory, 700 to 1020 bytes for
-    each Gaussian that a view sees, and is slower. "auto": resident where there is a GPU, until the
-    measured rates of link and host memory say that the other one is clearly faster."""
-    strategy: Literal["default", "mcmc"] = "default"
-    """How the scene grows. "default": splatfacto's cloning, splitting and pruning by gradients.
-    "mcmc": gsplat's MCMCStrategy. Each step adds noise to faint Gaussians; each refinement
-    relocates those with an opacity of at most 0.005 (or cull-alpha-thresh, if that is set) to
-    opaque ones, and grows the scene by 5 %, up to max-gs-num."""
-    max_gs_num: int = 1_000_000
-    """Largest number of Gaussians with strategy mcmc; max-gaussians, if set, holds, too."""
-    noise_lr: float = 5e5
-    """Size of strategy mcmc's noise, as a multiple of the means' learning rate; 0 for none."""
-    mcmc_opacity_reg: float = 0.01
-    """Weight of the mean opacity in the loss, with strategy mcmc."""
-    mcmc_scale_reg: float = 0.01
-    """Weight of the mean scale in the loss, with strategy mcmc."""
-    vram_budget_gb: float | None = None
-    """GPU memory, in 10^9 bytes, that training may take in all, CUDA's own included. The larger,
-    the fewer Gaussians cross the link between host and GPU with the resident engine. Views for
-    which it is too small are drawn in parts. Unset: 90 % of what is free, which is also the most
-    that is ever taken. The viewer can change it while training."""
 
 
 class GSScaleModel(SplatfactoModel):
@@ -130,7 +83,7 @@ class GSScaleModel(SplatfactoModel):
         self._views: dict[tuple[int, int], View] = {}
         self._steps_per_log = 1
         self._penalties_in_parts: Tensor | None = None
-        self._told_of_metrics = self._told_of_grey = False
+        self._told_of_grey = False
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         if isinstance(self.strategy, RowMCMCStrategy):
             self.engine.noise = self.strategy.noise
@@ -146,9 +99,8 @@ class GSScaleModel(SplatfactoModel):
         self.camera_optimizer = config.camera_optimizer.setup(
             num_cameras=self.num_train_data, device="cpu"
         )
-        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
-        self.ssim = SSIM(data_range=1.0, size_average=True, channel=3)
-        self.lpips = LazyLPIPS()  # type: ignore[assignment]
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0)  # of training images
+        self.image_metrics = ImageMetrics()
         self.step = 0
         self.crop_box = None
         if config.background_color == "random":
@@ -509,64 +461,25 @@ class GSScaleModel(SplatfactoModel):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Metrics of a render, and truth and render side by side; see :class:`.ImageMetrics`."""
         cuda = self.device.type == "cuda"
         kept = torch.cuda.memory_reserved(self.device) if cuda else 0
-        device = self.device
 
-        def make_room(said: str, tries: int) -> None:
-            # Only what costs training nothing: what metrics need says nothing of what views do.
-            nonlocal device
-            if tries > 1:
-                raise no_room_left(said, self.num_points, self.last_size)
-            self.engine.give_back()
-            if tries > 0:
-                device = torch.device("cpu")
-                self._tell_of_metrics(said)
+        def compute(device: torch.device) -> tuple[dict[str, float], dict[str, Tensor]]:
+            image, render, background = (
+                t.to(device) for t in (batch["image"], outputs["rgb"], outputs["background"])
+            )
+            if image.dtype == torch.uint8:
+                image = image.float() / 255  # as get_gt_img(), which takes it to the GPU
+            truth = self.composite_with_background(self._downscale_if_required(image), background)
+            corrected = self.config.color_corrected_metrics
+            metrics = self.image_metrics.compare(truth, render, corrected)
+            return metrics, {"img": torch.cat([truth, render], dim=1)}
 
-        metrics_and_images = retried(
-            lambda: self._metrics_and_images(outputs, batch, device), make_room
-        )
+        computed = self.image_metrics.with_room(compute, self.device, self.engine.give_back)
         if cuda and torch.cuda.memory_reserved(self.device) > kept:
             self.engine.give_back()  # or it would count as what views need
-        return metrics_and_images
-
-    def _tell_of_metrics(self, said: str) -> None:
-        if not self._told_of_metrics:
-            self._told_of_metrics = True
-            CONSOLE.print(
-                f"[bold yellow]gsscale:[/bold yellow] GPU memory ran out in an evaluation's "
-                f"metrics ({escape(said)}); where it does, they are computed on the CPU, which "
-                "takes longer.",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-    def _metrics_and_images(
-        self, outputs: dict[str, Tensor], batch: dict[str, Tensor], device: torch.device
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """See :meth:`get_image_metrics_and_images`; they are computed on ``device``."""
-        image, render, background = (
-            tensor.to(device) for tensor in (batch["image"], outputs["rgb"], outputs["background"])
-        )
-        if image.dtype == torch.uint8:
-            image = image.float() / 255  # as get_gt_img(), which takes it to the GPU
-        truth = self.composite_with_background(self._downscale_if_required(image), background)
-        images = {"img": torch.cat([truth, render], dim=1)}
-        metrics: dict[str, float] = {}
-        self._add_metrics(metrics, "", truth, render)
-        if self.config.color_corrected_metrics:
-            self._add_metrics(metrics, "cc_", truth, color_correct(render, truth))
-        return metrics, images
-
-    def _add_metrics(
-        self, metrics: dict[str, float], prefix: str, truth: Tensor, render: Tensor
-    ) -> None:
-        truth, render = (torch.moveaxis(image, -1, 0)[None] for image in (truth, render))
-        metrics[prefix + "psnr"] = float(self.psnr(truth, render))
-        metrics[prefix + "ssim"] = float(self.ssim(truth, render))
-        lpips = self.lpips(truth, render)
-        if lpips is not None:
-            metrics[prefix + "lpips"] = float(lpips)
+        return computed
 
 
 def _in_viewer() -> bool:

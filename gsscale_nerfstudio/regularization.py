@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gsscale_nerfstudio.model import GSScaleModelConfig
+    from gsscale_nerfstudio.model_config import GSScaleModelConfig
 
 
 def term_names(config: GSScaleModelConfig) -> tuple[str, ...]:

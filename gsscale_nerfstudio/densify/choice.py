@@ -9,7 +9,7 @@ from gsscale_nerfstudio.densify.strategy import RowStrategy, pause_after_reset
 from gsscale_nerfstudio.errors import GSScaleError
 
 if TYPE_CHECKING:
-    from gsscale_nerfstudio.model import GSScaleModelConfig
+    from gsscale_nerfstudio.model_config import GSScaleModelConfig
 
 _FLAGS = {
     "default": (

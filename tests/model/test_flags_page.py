@@ -15,7 +15,7 @@ from gsscale_nerfstudio.config import gsscale, gsscale_big
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
 from gsscale_nerfstudio.demo.cli import Demo
 from gsscale_nerfstudio.export.cli import Export
-from gsscale_nerfstudio.model import GSScaleModelConfig
+from gsscale_nerfstudio.model_config import GSScaleModelConfig
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.pipeline import GSScalePipelineConfig
 from gsscale_nerfstudio.trainer import GSScaleTrainerConfig
