@@ -234,6 +234,9 @@ def test_an_interrupt_ends_the_wait_for_an_image(tmp_path):
     pipe, code = subprocess.PIPE, script("[images[i] for i in range(40)]", heard)
     child = subprocess.Popen(code, stdout=pipe, stderr=pipe, cwd=tmp_path)
     assert child.stdout is not None
+    # Both threads are there: Python forgets one, and waits for it for ever, if it is interrupted
+    # while it starts it.
+    child.stdout.readline()
     child.stdout.readline()
     child.send_signal(signal.SIGINT)
     reads, said = child.communicate(timeout=20)
