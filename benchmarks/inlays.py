@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import big_training, results, scale, tables, viewer
@@ -100,6 +101,32 @@ def course(files: Files) -> TextTable:
     return tables.course_table(results.from_data(report, file))
 
 
+def best(files: Files) -> TextTable:
+    """The evaluation with the highest PSNR of each run that was evaluated on its way."""
+    columns = ["method", "PSNR", "SSIM", "median of views", "Gaussians", "at step"]
+    lines = []
+    for file, report in files:
+        for run in results.from_data(report, file).runs:
+            top = max(run.course or [], key=lambda evaluation: evaluation["psnr"])
+            lines.append(
+                [
+                    run.method,
+                    text(top["psnr"], "{:.2f}"),
+                    text(top["ssim"], "{:.4f}"),
+                    text(median(top["psnr_of_views"]), "{:.2f}"),
+                    f"{top['gaussians']:,}",
+                    f"{top['at_step']:,}",
+                ]
+            )
+    return TextTable(columns, lines)
+
+
+def _export(report: dict[str, Any]) -> TextTable:
+    from benchmarks import export  # the writers come with it, and torch
+
+    return export.table([export.Written(**file) for file in report["files"]])
+
+
 def _alone(make: Callable[[dict[str, Any]], TextTable]) -> Callable[[Files], TextTable]:
     """The table that a benchmark itself prints, of one file."""
 
@@ -118,6 +145,8 @@ TABLES: dict[str, Callable[[Files], TextTable]] = {
     "growth": growth,
     "largest": largest,
     "course": course,
+    "best": best,
     "big": _alone(big_training.table),
     "viewer": _alone(viewer.table),
+    "export": _alone(_export),
 }
