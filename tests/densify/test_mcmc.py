@@ -16,6 +16,7 @@ from torch import Tensor
 from gsscale_nerfstudio.densify import RowMCMCStrategy, mcmc
 from gsscale_nerfstudio.densify.relocation import share_out
 from gsscale_nerfstudio.densify.sampling import draw_rows
+from gsscale_nerfstudio.engines.packing import kernels_run_on
 from gsscale_nerfstudio.optim import MeanNoise
 from gsscale_nerfstudio.regularization import term_names
 from gsscale_nerfstudio.store import GROUPS, HostStore, chunks, host
@@ -331,7 +332,19 @@ def test_noise_moves_faint_rows_only(scene, tmp_path):
     assert moved[:150].max() < 0.05 * moved[150:].median()
 
 
-@pytest.mark.parametrize("engine", ["host", "resident"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "host",
+        pytest.param(
+            "resident",
+            marks=pytest.mark.skipif(
+                not kernels_run_on(torch.device("cpu")),
+                reason="Triton before 3.4 does not interpret our kernels",
+            ),
+        ),
+    ],
+)
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(scene, tmp_path, engine):
     def config(name: str, steps: int):
         made = mcmc_config(scene, tmp_path / name, steps, refine_every=7, engine=engine)
