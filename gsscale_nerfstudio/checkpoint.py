@@ -105,7 +105,7 @@ def remove_others(path: Path) -> None:
     try:
         for other in path.parent.glob("*.ckpt"):
             if other != path:
-                other.unlink()
+                other.unlink(missing_ok=True)
     except OSError as error:
         raise GSScaleError(
             f"could not remove an earlier checkpoint: {error}; keep all with "

@@ -85,6 +85,8 @@ class GSScalePipeline(VanillaPipeline):
 
     def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> Any:
         """Means over all held-out images, which training does not ask for if there are none."""
+        if self.model.engine.optimizers:  # the trainer saves what it has before errors are told
+            return super().get_average_eval_image_metrics(*args, **kwargs)
         with readable_errors():
             if len(self.datamanager.eval_dataset) == 0:
                 raise GSScaleError(

@@ -110,17 +110,22 @@ class GSScaleTrainer(Trainer):
             self._random_state = None
         with readable_errors():
             try:
-                self.pipeline.plan_memory()
-                self._saved = self._start_step - 1
-                self._done = self._saved, self.pipeline.model.engine.step_count
-                super().train()
-            except GSScaleError:
-                self._save_before_the_end()
-                raise
+                self._train()
             except KeyboardInterrupt:
                 self._tell_what_is_saved()
                 # Also how a viewer that was left on after training is ended.
                 sys.exit(0 if self.training_state == "completed" else 130)
+
+    def _train(self) -> None:
+        """Train, and save what is done if an error that has a sentence ends it."""
+        self.pipeline.plan_memory()
+        self._saved = self._start_step - 1
+        self._done = self._saved, self.pipeline.model.engine.step_count
+        try:
+            super().train()
+        except GSScaleError:
+            self._save_before_the_end()
+            raise
 
     def _tell_what_is_saved(self) -> None:
         """Print what a run that was interrupted leaves."""
@@ -277,7 +282,10 @@ class GSScaleTrainer(Trainer):
             checkpoint.save(state, path, scratch=self.base_dir)
         self._saved = step
         if self.config.save_only_latest_checkpoint:
-            checkpoint.remove_others(path)
+            try:
+                checkpoint.remove_others(path)
+            except GSScaleError as error:  # the new one is whole: no reason to stop
+                _warn(str(error))
 
     def _save_before_the_end(self) -> None:
         """An error is about to end training: save the steps before it, and say so.
@@ -289,7 +297,12 @@ class GSScaleTrainer(Trainer):
         if in_a_step or step == self._saved or self.training_state == "completed":
             return
         try:
-            engine.abandon()
+            try:
+                engine.abandon()
+            except (
+                GSScaleError
+            ):  # the worker's, perhaps the one that ends training; it is told once
+                engine.abandon()
             self._save(step)
         except Exception as error:  # whatever it is, the one that ends training is what counts
             _warn(f"the steps up to {step} could not be saved: {error}")

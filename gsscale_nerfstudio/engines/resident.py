@@ -395,10 +395,11 @@ class ResidentEngine(HostEngine):
         assert self._cache is not None and self._current is not None
         assert self._current.admission is not None
         slots = self._current.admission.slots
+        staging = self._returns.reserve(len(slots))
         self._tables.foresee(lrs)
         spheres = self._cache.step(slots, working, self._tables, lrs)
         self._rows_done = mark_current(self.device)
-        self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done)
+        self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done, staging)
 
     def _step_recorded(self) -> None:
         super()._step_recorded()

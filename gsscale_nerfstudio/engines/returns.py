@@ -39,12 +39,23 @@ class SphereReturns:
         self._under_way: deque[_NewSpheres] = deque()
         self._spare: list[Staging] = []
 
-    def send(self, step: int, ids: Tensor, spheres: Tensor, computed: Mark) -> None:
-        """Queue the copy of ``spheres`` [n, 4] on the device: those of rows ``ids`` after ``step``.
+    def reserve(self, n: int) -> Staging:
+        """Host memory for the spheres of ``n`` rows, before these are stepped.
 
-        ``computed`` is reached when they are there.
+        Raises:
+            GSScaleError: it cannot be had, and nothing has changed.
         """
         staging = self._spare.pop() if self._spare else Staging(self._capacity, 4, self._device)
+        staging.rows(n)
+        return staging
+
+    def send(
+        self, step: int, ids: Tensor, spheres: Tensor, computed: Mark, staging: Staging
+    ) -> None:
+        """Queue the copy of ``spheres`` [n, 4] on the device: those of rows ``ids`` after ``step``.
+
+        ``computed`` is reached when they are there. ``staging`` was reserved for as many.
+        """
         on_host = staging.rows(len(ids))
         with self._stream.active(after=computed):
             on_host.copy_(spheres, non_blocking=True)

@@ -10,6 +10,7 @@ from typing import Any
 from nerfstudio.data.datasets.base_dataset import InputDataset
 
 from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.images.lists import NO_LIST
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def _remedy(folder: Path, error: Exception) -> str:
             "all cameras are at one place, so that poses cannot be scaled; end the command with "
             "`nerfstudio-data --auto-scale-poses False`, after all other flags"
         )
-    if "list of filenames for split" in str(error):
+    if NO_LIST in str(error):
         return (
             "give transforms.json all of train_filenames, val_filenames and test_filenames, or "
             "none, or name the images with --pipeline.datamanager.train-list and eval-list"

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from gsscale_nerfstudio.errors import GSScaleError
 
+NO_LIST = "list of filenames for split"
+"""In what Nerfstudio says where transforms.json has lists for other splits only."""
+
 
 class ListedImages(DataParser):
     """The images of another dataparser, split by lists. Its own splits do not count.
@@ -183,6 +186,8 @@ def all_images(parser: DataParser) -> DataparserOutputs:
             try:
                 parts.append(parser.get_dataparser_outputs(split=name))
             except (OSError, RuntimeError) as error:
+                if name == "train" and NO_LIST not in str(error):
+                    raise  # points come with it, too: whatever it is, it is to be mended
                 missing[name] = error
         if not parts:
             raise missing["train"]

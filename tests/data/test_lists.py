@@ -325,6 +325,16 @@ def test_the_data_need_not_have_a_list_for_training(tmp_path, capsys):
     assert "no images for train" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_fault_of_the_list_for_training_is_no_missing_list(tmp_path, capsys):
+    """Images that are listed for nothing else would be left out, with a line that nobody reads."""
+    config = listed(nerfstudio, tmp_path, held_out=[NAMES[0]])
+    with_lists_of_names(tmp_path / "scene", {"train": [0, 1, 2, 3], "val": [0, 1], "test": [0, 1]})
+    edit_json(tmp_path / "scene", lambda c: c["train_filenames"].append("images/typo.png"))
+    with pytest.raises(SystemExit):
+        train(config)
+    assert "could not be loaded" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("data", ["absolute", "relative"])
 def test_lists_are_found_from_where_the_data_is(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,8 @@ import torch
 
 from gsscale_nerfstudio import checkpoint, streamed
 from gsscale_nerfstudio.densify.strategy import RowStrategy
+from gsscale_nerfstudio.engines import HostEngine
+from gsscale_nerfstudio.engines.returns import SphereReturns
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.store.memory import ReservedArray
 from gsscale_nerfstudio.trainer import GSScaleTrainer
@@ -122,6 +124,58 @@ def test_memory_that_runs_out_for_good_in_the_middle_of_a_step(
     assert differences(whole, saved(failing)) == []
 
 
+def test_memory_that_cannot_be_locked_for_spheres(scene, tmp_path, monkeypatch, capsys):
+    """It is asked for before rows are stepped."""
+    whole = expected(config_of(scene, tmp_path / "whole", engine="resident"))
+    failing = set_up(config_of(scene, tmp_path / "failing", engine="resident"))
+    reserve, asked = SphereReturns.reserve, []
+
+    def scarce(self: SphereReturns, n: int) -> Any:
+        asked.append(n)
+        if len(asked) > FAILS:
+            raise GSScaleError("CUDA could not page-lock")
+        return reserve(self, n)
+
+    monkeypatch.setattr(SphereReturns, "reserve", scarce)
+    ends(failing)
+    assert f"steps up to {FAILS - 1} are saved" in said(capsys)
+    assert differences(whole, saved(failing)) == []
+
+
+def test_an_evaluation_that_fails(scene, tmp_path, monkeypatch, capsys):
+    """The steps before it are saved, as before any other error."""
+    config = config_of(scene, tmp_path / "failing")
+    config.steps_per_eval_all_images = FAILS
+    failing = set_up(config)
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise GSScaleError("an image is gone; bring it back")
+
+    monkeypatch.setattr(failing.pipeline.model, "get_image_metrics_and_images", fails)
+    failing.config.steps_per_eval_image = failing.config.steps_per_eval_batch = 0
+    ends(failing)
+    told = said(capsys)
+    assert f"steps up to {FAILS} are saved" in told and "bring it back" in told
+    assert saved(failing)["step"] == FAILS
+
+
+def test_an_error_of_the_worker(scene, tmp_path, monkeypatch, capsys):
+    """It is met by whoever wants the result, and once more when the worker is waited for."""
+    whole = expected(config_of(scene, tmp_path / "whole"))
+    failing = set_up(config_of(scene, tmp_path / "failing"))
+    prepare = HostEngine._prepare_ahead
+
+    def fails(self: HostEngine, views: Any, step: int) -> Any:
+        if step >= FAILS:
+            raise GSScaleError("CUDA could not page-lock")
+        return prepare(self, views, step)
+
+    monkeypatch.setattr(HostEngine, "_prepare_ahead", fails)
+    ends(failing)
+    assert f"steps up to {FAILS - 1} are saved" in said(capsys)
+    assert differences(whole, saved(failing)) == []
+
+
 def test_memory_that_cannot_be_locked_for_new_rows(scene, tmp_path, monkeypatch, capsys):
     """A refinement that cannot begin has changed no row, but for its statistics."""
     steps = {"warmup_length": 2, "refine_every": 4, "densify_grad_thresh": 0.02}
@@ -219,3 +273,20 @@ def test_a_full_disk_is_not_the_end(scene, tmp_path, monkeypatch, capsys):
     assert "step-000000007.ckpt" in told and "--output-dir" in told
     assert checkpoint.steps_in(trainer.checkpoint_dir) == [6]
     assert not list(trainer.base_dir.glob(".unfinished*"))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_not_the_end(
+    scene, tmp_path, monkeypatch, capsys
+):
+    config = config_of(scene, tmp_path, steps=4)
+    config.steps_per_save = 2
+
+    def cannot(path: Path) -> None:
+        raise GSScaleError(f"could not remove an earlier checkpoint than {path.name}")
+
+    monkeypatch.setattr(checkpoint, "remove_others", cannot)
+    trainer = set_up(config)
+    trainer.train()
+    told = said(capsys)
+    assert told.count("could not remove") == 2 and "saving failed" not in told
+    assert checkpoint.steps_in(trainer.checkpoint_dir) == [2, 3]
