@@ -297,12 +297,11 @@ class GSScaleTrainer(Trainer):
         if in_a_step or step == self._saved or self.training_state == "completed":
             return
         try:
-            try:
-                engine.abandon()
-            except (
-                GSScaleError
-            ):  # the worker's, perhaps the one that ends training; it is told once
-                engine.abandon()
+            with self.train_lock:  # the viewer may be drawing
+                try:
+                    engine.abandon()
+                except GSScaleError:  # the worker's, perhaps the one at hand; it is told once
+                    engine.abandon()
             self._save(step)
         except Exception as error:  # whatever it is, the one that ends training is what counts
             _warn(f"the steps up to {step} could not be saved: {error}")

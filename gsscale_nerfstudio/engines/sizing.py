@@ -29,8 +29,8 @@ _FEWEST = 1024
 
 _QUIET = 1000
 """Steps without a lack of memory after which limits that one has set are forgotten. What took the
-memory may be gone, another program or a phase of the schedule; if it is not, a step in a thousand
-is done again to find the limit anew."""
+memory may be gone, another program or a phase of the schedule. If it is not, the limit is found
+anew, which costs some steps that are done again; so each time it is waited for twice as long."""
 
 _NO_LIMIT = 2**31 - 1
 """Rows are numbered by 32 bits."""
@@ -70,6 +70,8 @@ class ViewSizing:
         self.most = self.most_shown = _NO_LIMIT
         self.brought = 0
         self._quiet_steps = 0
+        self._patience = _QUIET
+        self._tries_again = False  # limits were forgotten, and memory has sufficed since
 
     def fits(self, rows: int, view: View) -> bool:
         """Whether so many rows of a view can be on the device at a time, with the host engine.
@@ -121,10 +123,13 @@ class ViewSizing:
     def forget_limits(self) -> None:
         """Go by the budget alone again."""
         self.most = self.most_shown = _NO_LIMIT
+        self._tries_again = self.quiet
 
     def ran_out(self) -> None:
         """Memory has run out."""
-        self._quiet_steps = 0
+        if self._tries_again and self._quiet_steps < 2 * self._patience:
+            self._patience *= 2
+        self._quiet_steps, self._tries_again = 0, False
 
     def stepped(self) -> None:
         """A step was done, and memory has sufficed."""
@@ -133,7 +138,7 @@ class ViewSizing:
     @property
     def quiet(self) -> bool:
         """Whether memory has sufficed for long enough to try with more."""
-        return self._quiet_steps >= _QUIET
+        return self._quiet_steps >= self._patience
 
     def give_back(self) -> None:
         """Let the device have the memory that torch keeps for later."""

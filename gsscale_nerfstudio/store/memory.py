@@ -156,7 +156,8 @@ class ReservedArray:
 
     @property
     def _pinned_end(self) -> int:
-        return sum(self._pinned[-1]) if self._pinned else 0
+        last = self._pinned[-1:]  # at once: another thread may be locking
+        return sum(last[0]) if last else 0
 
     def pin(self, rows: int) -> None:
         """Page-lock, in chunks, the memory of the first ``rows`` rows.
@@ -182,6 +183,10 @@ class ReservedArray:
             return
         available = available_memory()
         if more > available:  # locking takes it at once, and the process would be killed
+            more = (
+                min(rows * self._row_bytes, self._total_bytes) - self._pinned_end
+            )  # none to spare
+        if more > available:
             raise GSScaleError(
                 f"buffers for {rows:,} Gaussians on their way to or from the GPU need "
                 f"{more / 1e9:.1f} GB more host memory, and {available / 1e9:.1f} GB are available "

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines import Engine, ResidentEngine, cache
+from gsscale_nerfstudio.engines.budget import Budget
 from gsscale_nerfstudio.engines.cache import RowCache
-from gsscale_nerfstudio.engines.sizing import CacheSizing
+from gsscale_nerfstudio.engines.sizing import CacheSizing, ViewSizing
 from gsscale_nerfstudio.engines.streams import Stress
 from gsscale_nerfstudio.out_of_memory import is_out_of_memory, retried
 from gsscale_nerfstudio.store import GROUPS, RowLayout
@@ -472,3 +473,22 @@ def test_nothing_of_an_attempt_is_held_when_room_is_made():
         assert retried(attempt, make_room) == 3
     finally:
         gc.enable()
+
+
+def test_limits_are_tried_less_often_where_memory_stays_short():
+    sizing = ViewSizing(Budget(), torch.device("cpu"), RowLayout(1))
+
+    def steps_until_quiet() -> int:
+        sizing.most = 5
+        sizing.ran_out()
+        steps = 0
+        while not sizing.quiet:
+            sizing.stepped()
+            steps += 1
+        sizing.forget_limits()
+        return steps
+
+    assert [steps_until_quiet() for _ in range(4)] == [1000, 2000, 4000, 8000]
+    for _ in range(10_000):  # it was enough for long
+        sizing.stepped()
+    assert steps_until_quiet() == 8000

@@ -75,14 +75,17 @@ def test_what_is_not_there_is_not_locked(locked):
     array.pin_whole(100)
     assert locked.taken == 8000 and array.to_be_locked(125) == 0
     assert array.to_be_locked(200) == 16_000 - 8000  # its first part is there already
-    locked.size = 8000 + 7999
+    locked.size = 8000 + 4799
     with pytest.raises(GSScaleError, match=r"buffers for 200 Gaussians .* free host memory"):
         array.pin_whole(200)
     assert array.pinned_rows == 125
     locked.size += 1
     array.pin_whole(200)
-    assert locked.taken == 16_000
-    assert array.to_be_locked(1000) == 64_000 - 16_000  # there is no more of it
+    assert locked.taken == 12_800  # with nothing to spare
+    locked.size = 1 << 20
+    array.pin_whole(201)
+    assert locked.taken == 201 * 64 * 5 // 4
+    assert array.to_be_locked(1000) == 64_000 - locked.taken  # there is no more of it
     array.unpin()
     assert locked.taken == 0
 
