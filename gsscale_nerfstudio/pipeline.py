@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,14 +86,15 @@ class GSScalePipeline(VanillaPipeline):
 
     def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> Any:
         """Means over all held-out images, which training does not ask for if there are none."""
-        if self.model.engine.optimizers:  # the trainer saves what it has before errors are told
-            return super().get_average_eval_image_metrics(*args, **kwargs)
-        with readable_errors():
-            if len(self.datamanager.eval_dataset) == 0:
+        if len(self.datamanager.eval_dataset) == 0:
+            with readable_errors():
                 raise GSScaleError(
                     "there is nothing to evaluate, because no image is held out; train again with "
                     "some that are (--pipeline.datamanager.eval-list, or the data set's own split)"
                 )
+        # In training, errors are the trainer's to tell: it saves what it has first.
+        training = bool(self.model.engine.optimizers)
+        with nullcontext() if training else readable_errors():
             return super().get_average_eval_image_metrics(*args, **kwargs)
 
     def plan_memory(self) -> None:
