@@ -14,6 +14,14 @@ class GSScaleError(RuntimeError):
     """Something the user can mend; the message names the cause and the remedy."""
 
 
+def warn(message: str) -> None:
+    """Tell the user of something that goes on all the same."""
+    # Escaped: a path like [old] in the message is no markup.
+    CONSOLE.print(
+        f"[bold yellow]gsscale:[/bold yellow] {escape(message)}", highlight=False, soft_wrap=True
+    )
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn a :class:`GSScaleError` into a message on the console and exit status 1.

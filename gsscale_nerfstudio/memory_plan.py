@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
 from rich.table import Table
 
 from gsscale_nerfstudio.cull import View
@@ -15,7 +14,7 @@ from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES, IN_TENSORS, Budget
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.resident import ResidentEngine
 from gsscale_nerfstudio.engines.sizing import LEAST_VIEW_ROW_BYTES, view_bytes, with_margin
-from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.errors import GSScaleError, warn
 from gsscale_nerfstudio.store import RowLayout
 from gsscale_nerfstudio.store.host import UNBOUNDED_ROWS, headroom, locked_ahead
 from gsscale_nerfstudio.store.memory import available_memory, with_spare
@@ -415,9 +414,7 @@ def show(plan: MemoryPlan, rows: int) -> None:
                 table.add_row(f"  {part.name}", *sizes, "")
     CONSOLE.print(table)
     for line in plan.advice:
-        CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] {escape(line)}.", highlight=False, soft_wrap=True
-        )
+        warn(f"{line}.")
 
 
 def _parts(now: dict[str, int], full: dict[str, int]) -> tuple[Part, ...]:

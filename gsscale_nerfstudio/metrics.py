@@ -7,13 +7,11 @@ from typing import TypeVar
 
 import torch
 from nerfstudio.model_components.lib_bilagrid import color_correct
-from nerfstudio.utils.rich_utils import CONSOLE
 from pytorch_msssim import SSIM
-from rich.markup import escape
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.errors import GSScaleError, warn
 from gsscale_nerfstudio.lpips import LazyLPIPS
 from gsscale_nerfstudio.out_of_memory import retried
 
@@ -87,10 +85,7 @@ class ImageMetrics:
     def _tell(self, said: str) -> None:
         if not self._told:
             self._told = True
-            CONSOLE.print(
-                f"[bold yellow]gsscale:[/bold yellow] GPU memory ran out in an evaluation's "
-                f"metrics ({escape(said)}); where it does, they are computed on the CPU, which "
-                "takes longer.",
-                highlight=False,
-                soft_wrap=True,
+            warn(
+                f"GPU memory ran out in an evaluation's metrics ({said}); where it does, they are "
+                "computed on the CPU, which takes longer."
             )

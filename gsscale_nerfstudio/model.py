@@ -17,10 +17,8 @@ from nerfstudio.model_components import renderers
 from nerfstudio.model_components.lib_bilagrid import BilateralGrid, total_variation_loss
 from nerfstudio.models.splatfacto import SplatfactoModel
 from nerfstudio.utils.colors import get_color
-from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.render_state_machine import RenderStateMachine
 from nerfstudio.viewer_legacy.server import render_state_machine as legacy
-from rich.markup import escape
 from torch import Tensor
 from torch.nn import Parameter
 from torchmetrics.image import PeakSignalNoiseRatio
@@ -36,7 +34,7 @@ from gsscale_nerfstudio.engines import (
     WorkingSet,
     make_engine,
 )
-from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.errors import GSScaleError, warn
 from gsscale_nerfstudio.loss import photometric_loss
 from gsscale_nerfstudio.metrics import ImageMetrics
 from gsscale_nerfstudio.model_config import GSScaleModelConfig
@@ -233,11 +231,7 @@ class GSScaleModel(SplatfactoModel):
         and with it all pictures to come."""
         if not self._told_of_grey:
             self._told_of_grey = True
-            CONSOLE.print(
-                f"[bold yellow]gsscale:[/bold yellow] the viewer shows grey: {escape(str(error))}.",
-                highlight=False,
-                soft_wrap=True,
-            )
+            warn(f"the viewer shows grey: {error}.")
         # On the CPU: it may be the GPU that has no room.
         size = int(camera.width.item()), int(camera.height.item())
         outputs = self.get_empty_outputs(*size, torch.full((3,), 0.5))

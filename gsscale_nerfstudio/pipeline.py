@@ -19,7 +19,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from gsscale_nerfstudio import memory_plan
 from gsscale_nerfstudio.budget_changes import BudgetChanges
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
-from gsscale_nerfstudio.errors import GSScaleError, readable_errors
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors, warn
 from gsscale_nerfstudio.model import GSScaleModel
 from gsscale_nerfstudio.panel import Panel
 from gsscale_nerfstudio.random_state import restore_random_state, torch_random_state
@@ -120,13 +120,11 @@ class GSScalePipeline(VanillaPipeline):
         config, points = self.model.config, self.datamanager.train_dataparser_outputs.metadata
         if config.random_init or "points3D_xyz" in points:
             return
-        CONSOLE.print(
-            "[bold yellow]gsscale:[/bold yellow] the data set has no 3D points that could be read, "
-            f"and training starts from {config.num_random:,} random Gaussians; for better results "
-            "give it points (nerfstudio-data: a .ply file that is there, as ply_file_path in "
-            "transforms.json; blender-data: --ply-path)",
-            highlight=False,
-            soft_wrap=True,
+        warn(
+            "the data set has no 3D points that could be read, and training starts from "
+            f"{config.num_random:,} random Gaussians; for better results give it points "
+            "(nerfstudio-data: a .ply file that is there, as ply_file_path in transforms.json; "
+            "blender-data: --ply-path)"
         )
 
     def resume_state(self) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
-from gsscale_nerfstudio.errors import GSScaleError, readable_errors
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors, warn
 from gsscale_nerfstudio.evaluation import leave_moments_on_disk
 from gsscale_nerfstudio.optim import DeferredAdam
 from gsscale_nerfstudio.out_of_memory import no_room_left, retried
@@ -256,7 +255,7 @@ class GSScaleTrainer(Trainer):
                 raise
             last = self._start_step + self.config.max_num_iterations - 1
             following = min(step + self.config.steps_per_save, last)
-            _warn(
+            warn(
                 f"saving failed after step {step} ({error.__cause__ or error}); training goes on, "
                 f"earlier checkpoints are untouched, and the next one is written after step "
                 f"{following}: free disk space until then"
@@ -285,7 +284,7 @@ class GSScaleTrainer(Trainer):
             try:
                 checkpoint.remove_others(path)
             except GSScaleError as error:  # the new one is whole: no reason to stop
-                _warn(str(error))
+                warn(str(error))
 
     def _save_before_the_end(self) -> None:
         """An error is about to end training: save the steps before it, and say so.
@@ -304,18 +303,12 @@ class GSScaleTrainer(Trainer):
                     engine.abandon()
             self._save(step)
         except Exception as error:  # whatever it is, the one that ends training is what counts
-            _warn(f"the steps up to {step} could not be saved: {error}")
+            warn(f"the steps up to {step} could not be saved: {error}")
         else:
-            _warn(
+            warn(
                 f"training ends here, and the steps up to {step} are saved; once the error below "
                 f"is mended, add --load-dir {self.checkpoint_dir} to the command to go on"
             )
-
-
-def _warn(message: str) -> None:
-    CONSOLE.print(
-        f"[bold yellow]gsscale:[/bold yellow] {escape(message)}", highlight=False, soft_wrap=True
-    )
 
 
 def _detached(value: Any) -> Any:

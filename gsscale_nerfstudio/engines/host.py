@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio import _C
@@ -32,6 +30,7 @@ from gsscale_nerfstudio.engines.staging import Staging, Upload
 from gsscale_nerfstudio.engines.streams import Mark, mark_current, wait
 from gsscale_nerfstudio.engines.threads import uninterrupted
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
+from gsscale_nerfstudio.errors import warn
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
 from gsscale_nerfstudio.store.host import headroom
@@ -337,13 +336,11 @@ class HostEngine(EditableEngine):
     def _tell_of_parts(self, rows: int) -> None:
         if not self._told_of_parts:
             self._told_of_parts = True
-            CONSOLE.print(
-                "[bold yellow]gsscale:[/bold yellow] host memory is low: it has no room for what a "
-                f"view of {rows:,} Gaussians sends to the GPU and back, and such views are drawn "
-                "in parts, which takes a second forward pass. Free host memory, or raise "
-                "--pipeline.model.vram-budget-gb if the GPU has more memory.",
-                highlight=False,
-                soft_wrap=True,
+            warn(
+                f"host memory is low: it has no room for what a view of {rows:,} Gaussians sends "
+                "to the GPU and back, and such views are drawn in parts, which takes a second "
+                "forward pass. Free host memory, or raise --pipeline.model.vram-budget-gb if the "
+                "GPU has more memory."
             )
 
     def _windows(self, view: View, ids: Tensor) -> list[tuple[View, Tensor]]:
@@ -402,12 +399,7 @@ class HostEngine(EditableEngine):
         return True
 
     def _tell(self, said: str, done: str) -> None:
-        CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] GPU memory ran out after step {self.step_count} "
-            f"({escape(said)}); {done}, and it goes on.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        warn(f"GPU memory ran out after step {self.step_count} ({said}); {done}, and it goes on.")
 
     # -- another budget --------------------------------------------------------------------------
 
