@@ -103,7 +103,8 @@ def course(files: Files) -> TextTable:
 
 def best(files: Files) -> TextTable:
     """The evaluation with the highest PSNR of each run that was evaluated on its way."""
-    columns = ["method", "PSNR", "SSIM", "median of views", "Gaussians", "at step"]
+    columns = ["method", "PSNR", "SSIM", "MS-SSIM", "FLIP", "median of views"]
+    columns += ["Gaussians", "at step"]
     lines = []
     for file, report in files:
         for run in results.from_data(report, file).runs:
@@ -113,6 +114,8 @@ def best(files: Files) -> TextTable:
                     run.method,
                     text(top["psnr"], "{:.2f}"),
                     text(top["ssim"], "{:.4f}"),
+                    text(top.get("ms_ssim"), "{:.4f}"),
+                    text(top.get("flip"), "{:.4f}"),
                     text(median(top["psnr_of_views"]), "{:.2f}"),
                     f"{top['gaussians']:,}",
                     f"{top['at_step']:,}",

@@ -13,7 +13,8 @@ from torch import Tensor
 class KeptViews:
     """Truth and render of each view, in files: in memory they would count as the training's.
 
-    What is made of them takes seconds a view, so it is made once, when training is over.
+    What is made of them takes seconds a view: pictures wait until training is over, and FLIP and
+    MS-SSIM are for an evaluation that counts.
 
     Args:
         folder: for the files, 24 bytes a pixel; it is made when the first view comes.

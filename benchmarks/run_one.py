@@ -144,7 +144,10 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
         looked_at = args.perceptual or args.save_images is not None
         evaluation = _evaluation(pipeline, kept if looked_at else None)
         before = [other["psnr"] for other in course.evaluations]
-        kept.settle(steps == args.steps or evaluation["psnr"] > max(before, default=-math.inf))
+        counts = steps == args.steps or evaluation["psnr"] > max(before, default=-math.inf)
+        kept.settle(counts)
+        if counts and args.perceptual:
+            evaluation.update(_perceptual(kept))
         return {"at_step": steps, **evaluation}
 
     untimed = args.steps - timed_steps(args.steps)
@@ -175,9 +178,9 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
             raise
         n = int(pipeline.model.num_points)
         ended = f"out of GPU memory in step {course.steps_done + 1}, with {n:,} Gaussians"
-        peaks, best = meter.peaks(), course.best()
-        best.update(_look_at(kept, args))
-        return {**best, "course": course.evaluations, "ended": ended, **peaks}
+        peaks = meter.peaks()
+        _save_pictures(kept, args)
+        return {**course.best(), "course": course.evaluations, "ended": ended, **peaks}
     profiler.flush_profiler(config.logging)
     if meter.result is None:
         raise RuntimeError(f"training ended before step {args.steps}")
@@ -187,7 +190,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
         last = evaluate(args.steps)
         trained = images.metrics_of_training_views(pipeline, TRAINING_VIEWS)
         culling = check_culling(pipeline)
-    last.update(_look_at(kept, args))
+    _save_pictures(kept, args)
     return {
         **last,
         "training_psnr": fmean(view["psnr"] for view in trained),
@@ -217,16 +220,20 @@ def _evaluation(pipeline: Any, kept: KeptViews | None) -> dict[str, Any]:
     }
 
 
-def _look_at(kept: KeptViews, args: RunArgs) -> dict[str, float]:
-    """Save pictures of the views that count, and measure how they look, where asked to."""
-    import torch
-
-    from benchmarks import images, perceptual
+def _save_pictures(kept: KeptViews, args: RunArgs) -> None:
+    """Of the views that count, where asked to."""
+    from benchmarks import images
 
     if args.save_images is not None:
         images.save_views(kept, args.save_images, args.name, args.images, args.crop)
-    if not args.perceptual:
-        return {}
+
+
+def _perceptual(kept: KeptViews) -> dict[str, float]:
+    """How the views that count look beside the photographs."""
+    import torch
+
+    from benchmarks import perceptual
+
     pairs = ((torch.from_numpy(truth), torch.from_numpy(render)) for _, truth, render in kept)
     return _means([perceptual.measures(*pair) for pair in pairs])
 
