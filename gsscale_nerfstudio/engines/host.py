@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,10 @@ _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
 
 _MOST_PARTS = 16
-"""Into which a view is divided for want of host memory."""
+"""A window is not divided for want of host memory if it has this fraction of its view's rows ..."""
+
+_MOST_WINDOWS = 256
+"""... or this fraction of its pixels: where Gaussians are large, all windows see many of them."""
 
 
 def _can_be_locked(size: int) -> bool:
@@ -49,6 +53,19 @@ def _can_be_locked(size: int) -> bool:
     Rows leave headroom to all else, of which staging may have half: it is what comes last.
     """
     return size == 0 or size <= available_memory() - headroom() // 2
+
+
+def _is_small(rows: int, window: View, total: int, view: View) -> bool:
+    """Whether a window has to have room: windows without end would not help.
+
+    Args:
+        rows: that the window may see.
+        window: of ``view``.
+        total: rows that ``view`` may see.
+        view: the whole.
+    """
+    pixels, of = (math.prod(part.whole_window.size) for part in (window, view))
+    return rows * _MOST_PARTS <= total or pixels * _MOST_WINDOWS <= of
 
 
 @dataclass(frozen=True)
@@ -287,14 +304,25 @@ class HostEngine(EditableEngine):
                 return [view]
             self._wait_for_worker()
             self._finish_step()
-            return [window for window, _ in windows_of(view, self._rows_in, self._can_show)]
+            total = len(self._rows_in(view))
 
-    def _can_show(self, rows: int, view: View) -> bool:
-        """Whether so many rows of a view can be on the device at a time, to be rendered."""
+            def fits(rows: int, window: View) -> bool:
+                return self._can_show(rows, window, _is_small(rows, window, total, view))
+
+            return [window for window, _ in windows_of(view, self._rows_in, fits)]
+
+    def _can_show(self, rows: int, view: View, small: bool = False) -> bool:
+        """Whether so many rows of a view can be on the device at a time, to be rendered.
+
+        Args:
+            rows: of the view.
+            view: of the whole image, or of a window.
+            small: there has to be room in host memory for it.
+        """
         return (
             rows <= self._sizing.most_shown
             and self._sizing.fits(rows, view)
-            and _can_be_locked(self._outgoing.to_be_locked(rows))
+            and (small or _can_be_locked(self._outgoing.to_be_locked(rows)))
         )
 
     def show_less(self, view: View, tries: int) -> bool:
@@ -345,11 +373,10 @@ class HostEngine(EditableEngine):
 
     def _windows(self, view: View, ids: Tensor) -> list[tuple[View, Tensor]]:
         """The windows of a view that is to be trained in parts, whose rows are ``ids``."""
-        few = len(ids) // _MOST_PARTS
 
         def fits(rows: int, window: View) -> bool:
-            # Windows without end would not help: so few rows have to have room.
-            here = rows <= few or _can_be_locked(self._outgoing.to_be_locked(rows))
+            small = _is_small(rows, window, len(ids), view)
+            here = small or _can_be_locked(self._outgoing.to_be_locked(rows))
             return here and self._sizing.fits(rows, window)
 
         return windows_of(view, self._rows_in, fits)

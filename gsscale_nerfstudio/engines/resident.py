@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from gsscale_nerfstudio.engines.sizing import CacheSizing
 from gsscale_nerfstudio.engines.streams import Mark, mark_current, wait_in_stream
 from gsscale_nerfstudio.engines.threads import uninterrupted
 from gsscale_nerfstudio.engines.working_set import WorkingSet, working_set
-from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.errors import GSScaleError, warn
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
@@ -251,9 +250,9 @@ class ResidentEngine(HostEngine):
         cache = self._cache
         return None if cache is None else (cache.table.in_use, len(cache))
 
-    def _can_show(self, rows: int, view: View) -> bool:
+    def _can_show(self, rows: int, view: View, small: bool = False) -> bool:
         if self._fitted is None:
-            return super()._can_show(rows, view)
+            return super()._can_show(rows, view, small)
         return rows <= self._sizing.most_shown  # where there is a cache there is room for a view
 
     def _admit_late(self, prepared: _Prepared, fitted: FittedCache) -> _Prepared:
@@ -281,7 +280,7 @@ class ResidentEngine(HostEngine):
     def _warn_once(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {message}")
+            warn(message)
 
     def _pause_caching(self, rows: int) -> None:
         """Go on as the host engine for some steps, because a view has so many rows.
@@ -308,9 +307,9 @@ class ResidentEngine(HostEngine):
         self._returns = SphereReturns(self.store.capacity, self.device)
         self._fitted, self._gave_up = None, True
         if reason:
-            CONSOLE.print(
-                f"[bold yellow]gsscale:[/bold yellow] {reason} Adam runs on the CPU (engine host). "
-                "Raise --pipeline.model.vram-budget-gb if the GPU has more memory."
+            warn(
+                f"{reason} Adam runs on the CPU (engine host). Raise "
+                "--pipeline.model.vram-budget-gb if the GPU has more memory."
             )
 
     # -- when memory runs out --------------------------------------------------------------------

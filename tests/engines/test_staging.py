@@ -6,9 +6,11 @@ import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines import ResidentEngine, ViewInParts, host
 from gsscale_nerfstudio.engines.sizing import ViewSizing
 from gsscale_nerfstudio.engines.staging import Staging
@@ -107,6 +109,25 @@ def test_a_view_without_staging_comes_in_parts(locked, capsys):
     locked.size = 1 << 30
     engine.abandon()
     assert not isinstance(engine.begin(view), ViewInParts)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_windows_end_somewhere_without_staging(locked, training):
+    """With one for every tile of the rasterizer nothing would come to an end."""
+    engine = make_engine(random_rows(ROWS, LAYOUT), LAYOUT, "cpu", None)
+    part = around(0)
+    K = np.diag([20.0, 20.0, 1.0]) @ part.K
+    view = View(part.viewmat, K, 20 * part.width, 20 * part.height)
+    ids = engine._rows_in(view)
+
+    def windows() -> int:
+        return len(engine._windows(view, ids) if training else engine.windows(view))
+
+    assert windows() == 1
+    locked.size = locked.taken
+    assert 16 < windows() <= 2 * host._MOST_WINDOWS
+    locked.size += 1000 + len(ids) * ROW
+    assert 1 < windows() < 16, "more than needed"
 
 
 def test_parts_use_one_buffer_of_gradients_step_by_step():
