@@ -13,7 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from gsscale_nerfstudio import streamed
-from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.errors import GSScaleError, warn
 from gsscale_nerfstudio.files import remove_abandoned, whole_file
 from gsscale_nerfstudio.versions import installed
 
@@ -176,9 +176,9 @@ def newest_step(folder: Path) -> int | None:
     for step, path in reversed(_named_in(folder)):
         if is_whole(path):
             if damaged:
-                CONSOLE.print(
-                    f"[bold yellow]gsscale:[/bold yellow] {', '.join(damaged)} in {folder} is "
-                    f"truncated or damaged; using step {step} instead"
+                warn(
+                    f"{', '.join(damaged)} in {folder} is truncated or damaged; using step {step} "
+                    "instead"
                 )
             return step
         damaged.append(path.name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
+
+from gsscale_nerfstudio.errors import warn
 
 
 class LazyLPIPS:
@@ -33,11 +34,10 @@ class LazyLPIPS:
                     self._metric = LearnedPerceptualImagePatchSimilarity(normalize=True)
             except Exception as error:  # whatever a missing network or package raises
                 self._unavailable = True
-                CONSOLE.print(
-                    f"[bold yellow]gsscale:[/bold yellow] LPIPS is left out of the metrics: its "
-                    f"weights could not be loaded ({type(error).__name__}). With a network it is "
-                    "downloaded at the first evaluation.",
-                    highlight=False,
+                warn(
+                    "LPIPS is left out of the metrics: its weights could not be loaded "
+                    f"({type(error).__name__}). With a network they are downloaded at the first "
+                    "evaluation."
                 )
         if self._metric is None:
             return None

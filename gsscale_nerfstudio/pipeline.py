@@ -14,7 +14,6 @@ from nerfstudio.engine.callbacks import (
     TrainingCallbackLocation,
 )
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 
 from gsscale_nerfstudio import memory_plan
 from gsscale_nerfstudio.budget_changes import BudgetChanges
@@ -107,10 +106,7 @@ class GSScalePipeline(VanillaPipeline):
         plan = memory_plan.make_plan(given)
         memory_plan.show(plan, given.rows)
         if self.model.config.vram_budget_gb is not None and not self.model.engine.bounded:
-            CONSOLE.print(
-                "[bold yellow]gsscale:[/bold yellow] --pipeline.model.vram-budget-gb has no "
-                "effect, because there is no GPU"
-            )
+            warn("--pipeline.model.vram-budget-gb has no effect, because there is no GPU")
         self._budget_changes.begin(plan, given)
         store = self.model.engine.store
         store.claims, store.beside_row = self.datamanager.image_bytes_to_come, plan.beside_row

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from gsscale_nerfstudio.errors import warn
 from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.order import morton_order
 
@@ -114,17 +115,17 @@ def _usable(xyz: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor] | None:
     """The finite points; None if too few are left to measure distances between neighbours."""
     finite = torch.isfinite(xyz).all(dim=1)
     if not finite.all():
-        CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] {int((~finite).sum())} of {len(xyz)} points of "
-            "the point cloud are not finite and were left out"
+        warn(
+            f"{int((~finite).sum())} of {len(xyz)} points of the point cloud are not finite and "
+            "were left out"
         )
         rgb = rgb[finite] if len(rgb) == len(xyz) else rgb
         xyz = xyz[finite]
     if len(xyz) <= _NEIGHBOURS:
-        CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] the point cloud has {len(xyz)} usable points, "
-            f"and at least {_NEIGHBOURS + 1} are needed; starting from random Gaussians instead "
-            "(--pipeline.model.num-random, --pipeline.model.random-scale)"
+        warn(
+            f"the point cloud has {len(xyz)} usable points, and at least {_NEIGHBOURS + 1} are "
+            "needed; starting from random Gaussians instead (--pipeline.model.num-random, "
+            "--pipeline.model.random-scale)"
         )
         return None
     return xyz, rgb

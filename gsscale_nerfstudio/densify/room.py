@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nerfstudio.utils.rich_utils import CONSOLE
-
+from gsscale_nerfstudio.errors import warn
 from gsscale_nerfstudio.store import HostStore
 
 _FULL = (
@@ -33,5 +32,5 @@ class RowRoom:
         reason = _LOW if len(store) + room < store.capacity else _FULL
         if reason not in self._told:
             self._told.add(reason)
-            CONSOLE.print(f"[bold yellow]gsscale:[/bold yellow] {reason}", soft_wrap=True)
+            warn(reason)
         return room

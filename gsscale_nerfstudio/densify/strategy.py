@@ -8,13 +8,13 @@ from functools import partial
 
 import torch
 from gsplat.strategy import DefaultStrategy
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from gsscale_nerfstudio.densify.room import RowRoom
 from gsscale_nerfstudio.densify.split import SHRINK
 from gsscale_nerfstudio.densify.split import split as split_rows
 from gsscale_nerfstudio.engines.editing import EditableEngine
+from gsscale_nerfstudio.errors import warn
 from gsscale_nerfstudio.store import HostStore
 from gsscale_nerfstudio.store.chunks import chunks
 from gsscale_nerfstudio.store.edit import RowEdit, RowSummary, with_removed
@@ -216,9 +216,9 @@ def pause_after_reset(num_images: int, refine_every: int, reset_every: int) -> i
     longest = reset_every // 2
     if pause <= longest:
         return pause
-    CONSOLE.print(
-        f"[bold yellow]gsscale:[/bold yellow] {num_images} images would pause densification for "
-        f"{pause} of every {reset_every} steps; pausing for {longest} instead. A higher "
-        "--pipeline.model.reset-alpha-every gives the opacities more time."
+    warn(
+        f"{num_images} images would pause densification for {pause} of every {reset_every} steps; "
+        f"pausing for {longest} instead. A higher --pipeline.model.reset-alpha-every gives the "
+        "opacities more time."
     )
     return longest

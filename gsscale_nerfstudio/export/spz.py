@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
-from nerfstudio.utils.rich_utils import CONSOLE
 
+from gsscale_nerfstudio.errors import warn
 from gsscale_nerfstudio.export.gaussians import Gaussians, Piece
 from gsscale_nerfstudio.export.parallel import in_order
 
@@ -47,10 +47,10 @@ def write_spz(file: BinaryIO, gaussians: Gaussians, color: str) -> Iterator[floa
         color: ``sh`` or, without bands above 0, ``rgb``.
     """
     if gaussians.count > _MOST_READ:
-        CONSOLE.print(
-            f"[bold yellow]gsscale:[/bold yellow] {gaussians.count:,} Gaussians are more than "
-            f"many readers of .spz take ({_MOST_READ:,}); cut a part out with --obb-center, "
-            "--obb-rotation and --obb-scale, or write a .ply"
+        warn(
+            f"{gaussians.count:,} Gaussians are more than many readers of .spz take "
+            f"({_MOST_READ:,}); cut a part out with --obb-center, --obb-rotation and --obb-scale, "
+            "or write a .ply"
         )
     attributes = Attributes(gaussians)
     encoders = attributes.encoders if color == "sh" else attributes.encoders[:-1]
