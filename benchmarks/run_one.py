@@ -167,9 +167,7 @@ def measure(args: RunArgs, output_dir: Path) -> dict[str, Any]:
             )
         trainer.callbacks.append(profile.callback())
     trainer.callbacks += [course.callback(), meter.callback()]
-    # The final checkpoint (13 GB for 20 M Gaussians) is not wanted and lies behind the last
-    # measured step; its other steps, among them the AFTER_TRAIN callbacks, stay.
-    trainer.save_checkpoint = lambda step: None
+    ns_config.write_no_checkpoint(trainer)
     meter.start()
     try:
         trainer.train()

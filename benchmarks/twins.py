@@ -136,7 +136,7 @@ def continued(
         cpu_splatfacto.let_it_run()
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
-    trainer.save_checkpoint = lambda step: None
+    ns_config.write_no_checkpoint(trainer)
     if method == "splatfacto":
         state = checkpoint.load(args.checkpoint).get(RESUME)
         if state is None:

@@ -46,7 +46,7 @@ def retried(attempt: Callable[[], T], make_room: Callable[[str, int], None]) -> 
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            said = _in_short(error)
+            said = in_short(error)
             # The traceback holds the frames, and these the tensors that fill the memory.
             traceback.clear_frames(error.__traceback__)
         # The error is gone only here, behind the block. Rings of objects go now, not some day.
@@ -79,7 +79,7 @@ def tried_again(attempt: Callable[[], T], give_back: Callable[[], None]) -> T:
 def no_room_to_densify(error: RuntimeError) -> GSScaleError:
     """What is to be told when memory ran out in densification, as ``error`` says."""
     return GSScaleError(
-        f"GPU memory ran out in densification ({_in_short(error)}), which needs some 25 MB there; "
+        f"GPU memory ran out in densification ({in_short(error)}), which needs some 25 MB there; "
         "end what else takes the GPU's memory, or lower --pipeline.model.vram-budget-gb, and go on "
         "from the last checkpoint with --load-dir"
     )
@@ -103,7 +103,7 @@ def no_room_left(said: str, rows: int, size: tuple[int, int]) -> GSScaleError:
     )
 
 
-def _in_short(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
     """The first two sentences, which say how much was asked for."""
     lines = str(error).splitlines() or [type(error).__name__]
     return ". ".join(lines[0].split(". ")[:2]).rstrip(".")

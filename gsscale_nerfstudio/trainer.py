@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,15 @@ from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
 from gsscale_nerfstudio.errors import GSScaleError, readable_errors, warn
 from gsscale_nerfstudio.evaluation import leave_moments_on_disk
+from gsscale_nerfstudio.interruption import Interrupted, Interruption
 from gsscale_nerfstudio.optim import DeferredAdam
-from gsscale_nerfstudio.out_of_memory import no_room_left, retried
+from gsscale_nerfstudio.out_of_memory import (
+    in_short,
+    is_out_of_memory,
+    no_room_left,
+    retried,
+    tried_again,
+)
 from gsscale_nerfstudio.pipeline import GSScalePipeline
 from gsscale_nerfstudio.random_state import random_state, restore_random_state
 from gsscale_nerfstudio.render_command import adapt_ns_render
@@ -96,6 +104,7 @@ class GSScaleTrainer(Trainer):
         """The step of the newest checkpoint that the present run has written or loaded."""
         self._done = -1, 0
         """The last complete step, and the engine's count of steps after it."""
+        self._interruption = Interruption(lambda: self.training_state == "paused")
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         with readable_errors():
@@ -113,18 +122,25 @@ class GSScaleTrainer(Trainer):
             except KeyboardInterrupt:
                 self._tell_what_is_saved()
                 # Also how a viewer that was left on after training is ended.
-                sys.exit(0 if self.training_state == "completed" else 130)
+                completed = self.training_state == "completed"
+                sys.exit(0 if completed else 128 + (self._interruption.signal or signal.SIGINT))
 
     def _train(self) -> None:
-        """Train, and save what is done if an error that has a sentence ends it."""
+        """Train, and save what is done if that ends before its time."""
         self.pipeline.plan_memory()
         self._saved = self._start_step - 1
         self._done = self._saved, self.pipeline.model.engine.step_count
-        try:
-            super().train()
-        except GSScaleError:
-            self._save_before_the_end()
-            raise
+        with self._interruption:
+            try:
+                super().train()
+            except Interrupted:
+                self.save_before_the_end()
+                raise
+            except Exception as error:
+                # What has no sentence was not expected: who knows what it has left of the scene.
+                unforeseen = not isinstance(error, GSScaleError)
+                self.save_before_the_end(keep_others=unforeseen, failed=True)
+                raise
 
     def _tell_what_is_saved(self) -> None:
         """Print what a run that was interrupted leaves."""
@@ -151,7 +167,9 @@ class GSScaleTrainer(Trainer):
 
         Raises:
             GSScaleError: it ran out, and nothing can be given up any more.
+            Interrupted: training was asked to end.
         """
+        self._interruption.check()
         engine = self.pipeline.model.engine
         steps_done = engine.step_count
         periods = self.gradient_accumulation_steps
@@ -161,7 +179,7 @@ class GSScaleTrainer(Trainer):
             loss, *logged = retried(
                 lambda: one_step(step), lambda said, tries: self._go_back(said, tries, steps_done)
             )
-        except GSScaleError:
+        except Exception:
             self._undo.take_back()
             self.pipeline.put_back()
             raise
@@ -172,6 +190,17 @@ class GSScaleTrainer(Trainer):
         # Nerfstudio keeps what is returned until the end of the next step, and a graph, even one
         # that backward has been through, keeps its leaves and their gradients.
         return loss.detach(), *({k: _detached(v) for k, v in each.items()} for each in logged)
+
+    def eval_iteration(self, step: int) -> None:
+        """Nerfstudio's evaluations of this step; without memory for them training goes on."""
+        evaluate = super().eval_iteration
+        try:
+            tried_again(lambda: evaluate(step), self.pipeline.model.engine.give_back)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            said = in_short(error)
+            warn(f"no evaluation after step {step}, because GPU memory ran out in it ({said})")
 
     def _go_back(self, said: str, tries: int, steps_done: int) -> None:
         """Put everything back to where it was before the step, and make room.
@@ -261,7 +290,7 @@ class GSScaleTrainer(Trainer):
                 f"{following}: free disk space until then"
             )
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, keep_others: bool = False) -> None:
         path = checkpoint.path_of(self.checkpoint_dir, step)
         # Between steps, but Nerfstudio lets the viewer's thread render at that time. Rows are
         # written from where they are, so that training waits for the disk: a copy to go on from
@@ -280,16 +309,20 @@ class GSScaleTrainer(Trainer):
             }
             checkpoint.save(state, path, scratch=self.base_dir)
         self._saved = step
-        if self.config.save_only_latest_checkpoint:
+        if self.config.save_only_latest_checkpoint and not keep_others:
             try:
                 checkpoint.remove_others(path)
             except GSScaleError as error:  # the new one is whole: no reason to stop
                 warn(str(error))
 
-    def _save_before_the_end(self) -> None:
-        """An error is about to end training: save the steps before it, and say so.
+    def save_before_the_end(self, keep_others: bool = False, failed: bool = False) -> None:
+        """Training ends before its time: save the steps that are complete.
 
-        Not if it has come up in the middle of stepping rows, or in the last save.
+        Not if an error has come up in the middle of stepping rows, or in the last save.
+
+        Args:
+            keep_others: whether earlier checkpoints stay in any case.
+            failed: whether an error ends it, which is about to be told: then what is saved is, too.
         """
         engine, (step, steps_done) = self.pipeline.model.engine, self._done
         in_a_step = engine.step_count != steps_done
@@ -301,10 +334,11 @@ class GSScaleTrainer(Trainer):
                     engine.abandon()
                 except GSScaleError:  # the worker's, perhaps the one at hand; it is told once
                     engine.abandon()
-            self._save(step)
+            self._save(step, keep_others)
         except Exception as error:  # whatever it is, the one that ends training is what counts
             warn(f"the steps up to {step} could not be saved: {error}")
-        else:
+            return
+        if failed:
             warn(
                 f"training ends here, and the steps up to {step} are saved; once the error below "
                 f"is mended, add --load-dir {self.checkpoint_dir} to the command to go on"

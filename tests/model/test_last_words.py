@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +293,115 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_not_the_end(
     told = said(capsys)
     assert told.count("could not remove") == 2 and "saving failed" not in told
     assert checkpoint.steps_in(trainer.checkpoint_dir) == [2, 3]
+
+
+def at_step(trainer: GSScaleTrainer, step: int, do: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``do()`` happen when a step has drawn its image."""
+    draw = trainer.pipeline._draw
+
+    def drawn(number: int) -> Any:
+        result = draw(number)
+        if number == step:
+            do()
+        return result
+
+    monkeypatch.setattr(trainer.pipeline, "_draw", drawn)
+
+
+def interrupted(trainer: GSScaleTrainer) -> int:
+    """Its exit status."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_after_the_step(scene, tmp_path, monkeypatch, capfd, number):
+    whole = expected(config_of(scene, tmp_path / "whole"))
+    stopped = set_up(config_of(scene, tmp_path / "stopped"))
+    at_step(stopped, FAILS - 1, lambda: os.kill(os.getpid(), number), monkeypatch)
+    assert interrupted(stopped) == 128 + number
+    told = capfd.readouterr()
+    assert "ending after this step" in told.err
+    left = f"interrupted; to go on from step {FAILS - 1} give --load-dir {stopped.checkpoint_dir}"
+    assert left in " ".join(told.out.split())
+    assert whole["step"] == FAILS - 1 and differences(whole, saved(stopped)) == []
+
+
+def test_a_second_signal_ends_training_at_once(scene, tmp_path, monkeypatch, capsys):
+    stopped = set_up(config_of(scene, tmp_path))
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(stopped, FAILS, twice, monkeypatch)
+    assert interrupted(stopped) == 130
+    assert "nothing is saved" in said(capsys) and stopped._done[0] == FAILS - 1
+
+
+def test_a_signal_ends_a_pause(scene, tmp_path, monkeypatch, capsys):
+    """In the viewer training can be paused: then there is no step to wait for."""
+    stopped = set_up(config_of(scene, tmp_path))
+    later = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+
+    def pause() -> None:
+        stopped.training_state = "paused"
+        later.start()
+
+    at_step(stopped, FAILS, pause, monkeypatch)
+    assert interrupted(stopped) == 130
+    assert f"to go on from step {FAILS} " in said(capsys)
+
+
+def test_a_signal_that_is_ignored_stays_so(scene, tmp_path, monkeypatch):
+    """As under nohup."""
+    trainer = set_up(config_of(scene, tmp_path))
+    at_step(trainer, FAILS, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert saved(trainer)["step"] == 2 * FAILS - 1
+
+
+def test_an_error_that_nobody_expected(scene, tmp_path, monkeypatch, capsys):
+    """Steps are saved, and earlier checkpoints stay, for it may have left anything behind."""
+    whole = expected(config_of(scene, tmp_path / "whole"))
+    config = config_of(scene, tmp_path / "failing")
+    config.steps_per_save = 2
+    failing = set_up(config)
+
+    def fail(*args: Any) -> None:
+        raise ValueError("unheard of")
+
+    at_step(
+        failing, FAILS, lambda: setattr(failing.pipeline.model, "get_loss_dict", fail), monkeypatch
+    )
+    with pytest.raises(ValueError, match="unheard of"):
+        failing.train()
+    assert f"steps up to {FAILS - 1} are saved" in said(capsys)
+    steps = checkpoint.steps_in(failing.checkpoint_dir)
+    assert steps == [FAILS - 2, FAILS - 1]
+    last = torch.load(checkpoint.path_of(failing.checkpoint_dir, FAILS - 1), weights_only=True)
+    assert differences(whole, last) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_that_runs_out_in_an_evaluation_ends_no_training(
+    scene, tmp_path, monkeypatch, capsys, times
+):
+    config = config_of(scene, tmp_path)
+    config.steps_per_eval_image = FAILS
+    trainer = set_up(config)
+    shortage = Shortage(monkeypatch)
+    shortage.place("image", "gsscale_nerfstudio.datamanager.GSScaleDatamanager.next_eval_image")
+    shortage.wanted = ["image"] * times
+    trainer.train()
+    assert shortage.hits == ["image"] * times
+    assert ("no evaluation after step" in said(capsys)) == (times == 2)
+    assert saved(trainer)["step"] == 2 * FAILS - 1

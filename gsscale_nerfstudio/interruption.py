@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM while training: the step at hand is completed first, so it can be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to end, and ends between two steps."""
+
+
+class Interruption:
+    """Notes the first signal, for training to ask :meth:`check`. A second one ends it at once.
+
+    A context: outside of it, and in other threads than the main one, signals do what they did.
+
+    Args:
+        between_steps: whether training waits for something else than a step, as when it is paused.
+    """
+
+    def __init__(self, between_steps: Callable[[], bool]) -> None:
+        self._between_steps = between_steps
+        self._handlers: dict[int, Any] = {}
+        self.signal: int | None = None
+        """The number of the signal that came, if any."""
+
+    def check(self) -> None:
+        """To be called between two steps.
+
+        Raises:
+            Interrupted: there was a signal.
+        """
+        if self.signal is not None:
+            raise Interrupted
+
+    def __enter__(self) -> Interruption:
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():  # nobody else may ask for signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # Who started us may have seen to it that we do not hear them, as nohup does.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.signal = self.signal is not None, number
+        if again:
+            raise KeyboardInterrupt
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, b"\ngsscale: ending after this step (at once, if you ask again)\n")
+        if self._between_steps():
+            raise Interrupted
