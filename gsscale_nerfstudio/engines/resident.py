@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from torch import Tensor
 
 from gsscale_nerfstudio.cull import View
@@ -334,7 +333,7 @@ class ResidentEngine(HostEngine):
             self._fitted.replace(slots, self._rows_done)
             if self._cache is None:
                 self._stop_caching(
-                    f"GPU memory ran out after step {self.step_count} ({escape(said)}) beside a "
+                    f"GPU memory ran out after step {self.step_count} ({said}) beside a "
                     f"cache of {had:,} Gaussians, which is as small as the views allow; from here "
                     "on"
                 )
