@@ -60,25 +60,27 @@ class _LimitedGroup:
 
 
 def _limited_groups() -> Iterator[_LimitedGroup]:
-    files = [(folder, "memory.max", "memory.current") for folder in _own_folders()]
-    version_1 = _CGROUPS / "memory"
-    files.append((version_1, "memory.limit_in_bytes", "memory.usage_in_bytes"))
-    for folder, *names in files:
-        limit, used = (_number(folder / name) for name in names)
-        if limit is not None and used is not None:
-            yield _LimitedGroup(folder, limit, used)
+    trees = (  # version 2 has one tree, for controllers that it does not list
+        (_CGROUPS, "", "memory.max", "memory.current"),
+        (_CGROUPS / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    )
+    for root, controller, *names in trees:
+        for folder in _own_folders(root, controller):
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and used is not None:
+                yield _LimitedGroup(folder, limit, used)
 
 
-def _own_folders() -> list[Path]:
-    """Of the cgroup (version 2) of this process and all that are around it: each limits it."""
+def _own_folders(root: Path, controller: str) -> list[Path]:
+    """Of the cgroup of this process in a tree and all that are around it: each limits it."""
     try:
-        lines = _OWN_CGROUPS.read_text().splitlines()
+        lines = [line.split(":", 2) for line in _OWN_CGROUPS.read_text().splitlines()]
     except OSError:
         lines = []
-    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    own = next((path.strip("/") for _, of, path in lines if controller in of.split(",")), "")
     # Seen from a container it may be outside, as "/..", or a folder of the host that is not here.
     inside = Path(own) if ".." not in Path(own).parts else Path()
-    return [_CGROUPS / part for part in (inside, *inside.parents)]
+    return [root / part for part in (inside, *inside.parents)]
 
 
 def _reclaimable(group: Path) -> int:

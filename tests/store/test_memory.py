@@ -75,17 +75,37 @@ def test_files_in_use_and_the_kernels_caches_can_be_taken_back_to_a_half(root):
     assert memory.available_memory() == (2 + 2 + 15 + 2) * GB
 
 
-def test_version_1(root):
-    folder = root / "memory"
-    folder.mkdir(parents=True)
-    (folder / "memory.limit_in_bytes").write_text(f"{30 * GB}\n")
-    (folder / "memory.usage_in_bytes").write_text(f"{12 * GB}\n")
+def group_1(folder: Path, limit: int, used: int, files: int = 0, in_use: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
     (folder / "memory.stat").write_text(
-        f"active_file 1\ninactive_file 1\n"
-        f"total_active_file {2 * GB}\ntotal_inactive_file {4 * GB}\n"
+        f"active_file 1\ninactive_file 1\ntotal_active_file {in_use}\ntotal_inactive_file {files}\n"
     )
-    process_is_in(root, "4:memory:/", "0::/")
-    assert (memory.memory_limit(), memory.available_memory()) == (30 * GB, 23 * GB)
+
+
+def test_version_1(root):
+    """A container sees its limit at the root, whatever the path."""
+    group_1(root / "memory", 30 * GB, 12 * GB, files=4 * GB, in_use=2 * GB)
+    for own in ("/", "/docker/0123", "/../0123"):
+        process_is_in(root, f"4:memory:{own}", "0::/")
+        assert (memory.memory_limit(), memory.available_memory()) == (30 * GB, 23 * GB)
+
+
+@pytest.mark.parametrize("controllers", ["memory", "cpu,memory"])
+@pytest.mark.parametrize("tight", ["slurm", "slurm/job_7", "slurm/job_7/step_0"])
+def test_every_group_of_version_1_around_the_process_counts(root, tight, controllers):
+    unlimited = 9223372036854771712
+    for name in ("", "slurm", "slurm/job_7", "slurm/job_7/step_0"):
+        group_1(root / "memory" / name, unlimited, 60 * GB)
+    group_1(root / "memory" / tight, 64 * GB, 60 * GB, files=2 * GB)
+    group_1(root / "memory" / "slurm" / "job_8", 2 * GB, GB)  # somebody else's
+    group_1(root / "memory" / "else", 2 * GB, GB)
+    process_is_in(
+        root, "11:cpuset:/else", f"9:{controllers}:/slurm/job_7/step_0",
+        "1:name=systemd:/else", "0::/else",
+    )  # fmt: skip
+    assert (memory.memory_limit(), memory.available_memory()) == (64 * GB, 6 * GB)
 
 
 def test_this_machine():
