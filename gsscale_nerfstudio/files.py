@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def whole_file(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
             yield unfinished
             _wait_for_disk(unfinished)
             unfinished.replace(path)
-            _wait_for_disk(path.parent)  # the rename itself must survive a power cut, too
+            _keep_names(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -55,6 +56,16 @@ def remove_abandoned(unfinished: Path) -> int:
             return os.fstat(file.fileno()).st_size
     except OSError:
         return 0
+
+
+def _keep_names(folder: Path) -> None:
+    """Let a rename survive a power cut, too, if the file system knows how."""
+    try:
+        _wait_for_disk(folder)
+    except OSError as error:
+        # Some network and FUSE file systems cannot; the file itself is whole and in place.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _wait_for_disk(path: Path) -> None:
