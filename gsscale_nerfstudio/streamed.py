@@ -31,7 +31,8 @@ def save(state: Any, path: Path) -> None:
     Raises:
         OSError: the disk is full, or not writable.
     """
-    with open(path, "wb") as file:
+    # Where a file system cannot make room, glibc does, and reads what is there.
+    with open(path, "w+b") as file:
         if STREAMS:
             with torch.serialization.skip_data(materialize_fake_tensors=True), FakeTensorMode():
                 torch.save(_changed(state, _room_for), file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,19 @@ def test_what_is_saved_is_loaded(tmp_path, monkeypatch, streams, mapped):
     assert loaded["columns"]["means"].is_contiguous()
     assert path.stat().st_size < 12_000  # columns, not the rows behind them
     assert checkpoint.is_whole(path)
+
+
+@pytest.mark.skipif(not streamed.STREAMS, reason="this torch copies")
+def test_a_file_system_may_be_unable_to_make_room(tmp_path, monkeypatch):
+    """glibc then writes a byte into each block, and reads it first where the file has one."""
+
+    def allocate(descriptor: int, start: int, size: int) -> None:
+        for place in range(start, start + size, 512):
+            os.pwrite(descriptor, os.pread(descriptor, 1, place), place)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    streamed.save(state(), tmp_path / "state")
+    assert differences(torch.load(tmp_path / "state", weights_only=True), state()) == []
 
 
 def test_a_full_disk_is_a_sentence(tmp_path):
