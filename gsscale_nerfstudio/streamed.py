@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 STREAMS = hasattr(torch.serialization, "skip_data") and hasattr(os, "posix_fallocate")
-"""Whether files are written in place; else ``torch.save`` needs contiguous tensors."""
+"""Whether files are written in place, where they can be mapped; else ``torch.save`` needs
+contiguous tensors."""
 
 _PART = 1 << 20
 """Rows that are written at a time: what the disk has not taken yet is the system's to hold."""
@@ -23,6 +24,10 @@ def save(state: Any, path: Path) -> None:
 
     The file is first made with room for all tensors, which then are copied to their places in it,
     piece by piece. The archive has no checksums of them; no torch asks for these.
+
+    Where the file system refuses to map the file, as some network and FUSE ones do, ``torch.save``
+    writes copies of all strided views, with the same result: they take as much more host memory as
+    the file takes of the disk.
 
     Args:
         state: dictionaries, lists and tuples of tensors and plain values.
@@ -36,15 +41,25 @@ def save(state: Any, path: Path) -> None:
         if STREAMS:
             with torch.serialization.skip_data(materialize_fake_tensors=True), FakeTensorMode():
                 torch.save(_changed(state, _room_for), file)
-        else:
-            torch.save(_changed(state, _on_its_own), file)
-        file.flush()
-        if STREAMS:
-            # A full disk is an error here; later it would be a signal that ends the process.
-            os.posix_fallocate(file.fileno(), 0, file.tell())
-            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-                places = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            _fill(places, state)
+            file.flush()
+            places = _mapped(path)
+            if places is not None:
+                # A full disk is an error here; later it would be a signal that ends the process.
+                os.posix_fallocate(file.fileno(), 0, file.tell())
+                _fill(places, state)
+                return
+            file.seek(0)
+            file.truncate()
+        torch.save(_changed(state, _on_its_own), file)
+
+
+def _mapped(path: Path) -> Any:
+    """What a file holds, with tensors that are the file's bytes; None if it cannot be mapped."""
+    try:
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError):  # a RuntimeError is how torch says that mmap failed
+        return None
 
 
 def _changed(state: Any, change: Any) -> Any:
@@ -63,8 +78,9 @@ def _room_for(tensor: Tensor) -> Tensor:
 
 
 def _on_its_own(tensor: Tensor) -> Tensor:
-    """A tensor that is all of its memory: ``torch.save`` writes all of what is behind a view."""
-    tensor = tensor.detach()
+    """A tensor that is all of its memory, on the CPU: ``torch.save`` writes all of what is behind a
+    view, and where it was."""
+    tensor = tensor.detach().cpu()
     if tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous():
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -44,6 +45,33 @@ def test_what_is_saved_is_loaded(tmp_path, monkeypatch, streams, mapped):
     assert loaded["columns"]["means"].is_contiguous()
     assert path.stat().st_size < 12_000  # columns, not the rows behind them
     assert checkpoint.is_whole(path)
+
+
+NO_MAPS = os.strerror(errno.ENODEV)
+
+
+@pytest.mark.skipif(not streamed.STREAMS, reason="this torch copies")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENODEV, NO_MAPS), RuntimeError(f"unable to mmap 9 bytes: {NO_MAPS} (19)")],
+)
+def test_a_file_system_may_be_unable_to_map(tmp_path, monkeypatch, error, device):
+    """torch says so by a RuntimeError."""
+
+    def refused(*_: Any) -> None:
+        raise error
+
+    saved = state() | {"columns": {"means": torch.ones(9, 9, device=device)[:, :3]}}
+    path = tmp_path / "state"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "from_file", refused)
+        streamed.save(saved, path)
+    copied = torch.load(path, weights_only=True)
+    assert path.stat().st_size < 12_000 and checkpoint.is_whole(path)
+    streamed.save(saved, path)
+    assert differences(copied, torch.load(path, weights_only=True)) == []
+    assert copied["columns"]["means"].is_cpu and differences(copied["bytes"], saved["bytes"]) == []
 
 
 @pytest.mark.skipif(not streamed.STREAMS, reason="this torch copies")
