@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 
 @contextmanager
@@ -18,7 +21,8 @@ def whole_file(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
 
     Args:
         path: its own name; whatever is there stays until then, or for ever if anything is raised.
-        unfinished: the other name, on the same file system; None for one beside ``path``.
+        unfinished: the other name, on the same file system; None for one beside ``path``, of this
+            process, where those of killed processes are removed.
 
     Yields:
         The name to write to.
@@ -26,8 +30,10 @@ def whole_file(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: it could not be written.
     """
-    unfinished = unfinished or path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if unfinished is None:
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        _remove_those_of_the_dead(path)
     try:
         with open(unfinished, "ab") as lock:
             with suppress(OSError):  # no lock on this file system, so nobody can take it for left
@@ -56,6 +62,20 @@ def remove_abandoned(unfinished: Path) -> int:
             return os.fstat(file.fileno()).st_size
     except OSError:
         return 0
+
+
+def _remove_those_of_the_dead(path: Path) -> None:
+    """Remove what killed processes were writing beside ``path``.
+
+    A number may be that of a process here, and of another one in another container or machine: it
+    is dead if there is none here, and nobody holds the lock.
+    """
+    # Linux gives processes numbers of up to 2^22: a longer one is a date, say.
+    name = re.compile(re.escape(f".{path.name}.") + "([1-9][0-9]{0,6})")
+    for file in path.parent.glob(".*"):
+        match = name.fullmatch(file.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            remove_abandoned(file)
 
 
 def _keep_names(folder: Path) -> None:
