@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,12 @@ from gsscale_nerfstudio.engines.resident import ResidentEngine
 from gsscale_nerfstudio.engines.sizing import LEAST_VIEW_ROW_BYTES, view_bytes, with_margin
 from gsscale_nerfstudio.errors import GSScaleError, warn
 from gsscale_nerfstudio.store import RowLayout
-from gsscale_nerfstudio.store.host import UNBOUNDED_ROWS, headroom, locked_ahead
+from gsscale_nerfstudio.store.host import (
+    UNBOUNDED_ROWS,
+    headroom,
+    locked_ahead,
+    remedy_for_rows,
+)
 from gsscale_nerfstudio.store.memory import available_memory, with_spare
 
 if TYPE_CHECKING:
@@ -134,11 +140,10 @@ def make_plan(given: Circumstances) -> MemoryPlan:
     Raises:
         GSScaleError: it cannot work; names the flag that would make it work.
     """
-    capacity = _capacity(given, ResidentEngine if _caches(given) else HostEngine)
-    engine: type[HostEngine] = ResidentEngine
-    if not _caches(given, capacity):
-        # The resident engine becomes the host engine where its cache cannot hold a view.
-        engine, capacity = HostEngine, _capacity(given, HostEngine)
+    try:
+        engine, capacity = _grown(given)
+    except _TooManyError as error:
+        raise _too_many(given, error.parts) from None
     now, full = (_host_parts(given, engine, rows) for rows in (given.rows, capacity))
     left = min(given.headroom, given.memory - sum(now.values()))
     now["left to others"] = full["left to others"] = left
@@ -202,18 +207,40 @@ def _host_parts(given: Circumstances, engine: type[HostEngine], rows: int) -> di
     }
 
 
+class _TooManyError(GSScaleError):
+    """Host memory does not hold the present rows; ``parts`` is what they take."""
+
+    def __init__(self, parts: dict[str, int]) -> None:
+        super().__init__()
+        self.parts = parts
+
+
+def _grown(given: Circumstances) -> tuple[type[HostEngine], int]:
+    """The engine of a scene that has grown to its capacity, and that capacity in rows.
+
+    Raises:
+        GSScaleError: see :func:`_capacity`.
+    """
+    capacity = _capacity(given, ResidentEngine if _caches(given) else HostEngine)
+    if _caches(given, capacity):
+        return ResidentEngine, capacity
+    # The resident engine becomes the host engine where its cache cannot hold a view.
+    return HostEngine, _capacity(given, HostEngine)
+
+
 def _capacity(given: Circumstances, engine: type[HostEngine]) -> int:
     """Rows that the scene can grow to: those wanted, or as many as host memory holds.
 
     Raises:
-        GSScaleError: host memory does not hold them.
+        _TooManyError: host memory does not hold the present ones.
+        GSScaleError: it does not hold those wanted.
     """
 
     def needed(rows: int) -> int:
         return sum(_host_parts(given, engine, rows).values())
 
     if needed(given.rows) > given.memory:
-        raise _too_many(given, _host_parts(given, engine, given.rows))
+        raise _TooManyError(_host_parts(given, engine, given.rows))
     most = given.memory - given.headroom
     fits = _last(lambda rows: needed(rows) <= most, given.rows, UNBOUNDED_ROWS)
     if given.wanted is None:
@@ -231,19 +258,41 @@ def _capacity(given: Circumstances, engine: type[HostEngine]) -> int:
 
 
 def _too_many(given: Circumstances, parts: dict[str, int]) -> GSScaleError:
-    remedy = "free host memory, or begin with fewer points"
+    flags, least = _smaller_rows(given)
     rest = given.memory - (sum(parts.values()) - given.images)
-    if rest > 0 and given.images_bounded:
+    if rest > 0:
         remedy = f"lower --pipeline.datamanager.image-memory-gb to {rest / 2e9:.2g}"
-    elif rest > 0:
-        remedy = (
-            "let images be read from the disk with --pipeline.datamanager.cache-images disk "
-            f"--pipeline.datamanager.image-memory-gb {rest / 2e9:.2g}"
-        )
+        if not given.images_bounded:
+            remedy = (
+                "let images be read from the disk with --pipeline.datamanager.cache-images disk "
+                f"--pipeline.datamanager.image-memory-gb {rest / 2e9:.2g}"
+            )
+        if flags:
+            remedy += f", or train with {flags}"
+    else:
+        remedy = remedy_for_rows(flags, least)
     return GSScaleError(
         f"training the present {given.rows:,} Gaussians takes {_listed(parts)} of host memory, and "
         f"{_gb(given.memory)} are available (in a container, within its limit); {remedy}"
     )
+
+
+def _smaller_rows(given: Circumstances) -> tuple[str, int]:
+    """Flags with which the rows fit, none if they never do, and bytes with the last ones tried."""
+    least = 0
+    for layout, flags in given.layout.smaller():
+        smaller = replace(given, layout=layout)
+        try:
+            _grown(smaller)
+            return flags, 0
+        except _TooManyError as error:
+            least = sum(error.parts.values())
+        except GSScaleError:  # the present ones fit, and those wanted do not
+            pass
+        with suppress(GSScaleError):
+            _, most = _grown(replace(smaller, wanted=None))
+            return f"{flags} --pipeline.model.max-gaussians {most}", 0
+    return "", least
 
 
 # -- GPU -------------------------------------------------------------------------------------------

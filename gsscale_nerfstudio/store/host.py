@@ -47,6 +47,24 @@ def locked_ahead(layout: RowLayout, rows: int) -> int:
     return 3 * pin_chunk(rows * layout.width * 4)
 
 
+def remedy_for_rows(flags: str, least: int = 0) -> str:
+    """What helps where host memory is too small for the rows.
+
+    Args:
+        flags: see :meth:`.RowLayout.smaller`; none if there are no such or they are not enough.
+        least: bytes that are taken with the smallest rows; 0 if they cannot be smaller.
+    """
+    others = "free host memory, or begin with fewer points"
+    if flags:
+        return f"train with {flags}, {others}"
+    if least:
+        return (
+            "even --pipeline.model.moment-dtype bfloat16 with --pipeline.model.sh-degree 0 is not "
+            f"enough ({least / 1e9:.2f} GB): {others}"
+        )
+    return others
+
+
 def _floats_of(array: Tensor) -> np.ndarray:
     """Rows as so many floats, for who moves them without looking at them."""
     return array.view(torch.float32).numpy()
@@ -228,9 +246,19 @@ class HostStore:
         if size > available:
             raise GSScaleError(
                 f"{n:,} Gaussians need {size / 1e9:.1f} GB more host memory, and "
-                f"{available / 1e9:.1f} GB are available (in a container, within its limit); free "
-                "host memory, or begin with fewer points"
+                f"{available / 1e9:.1f} GB are available (in a container, within its limit); "
+                f"{self._remedy(n, available + self.taken_bytes)}"
             )
+
+    def _remedy(self, n: int, memory: int) -> str:
+        """Words for what would let ``n`` rows be trained, alone, in so many bytes of memory."""
+        least = 0
+        for layout, flags in self.layout.smaller():
+            least = n * (layout.stored_bytes + layout.snapshot_bytes + PASSING_BYTES)
+            least += locked_ahead(layout, n)
+            if least <= memory:
+                return remedy_for_rows(f"{flags} (images come on top)")
+        return remedy_for_rows("", least)
 
     def resize(self, n: int) -> None:
         """Set the number of rows in use. Added rows hold zeros.

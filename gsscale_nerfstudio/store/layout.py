@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -117,6 +118,16 @@ class RowLayout:
 
     def _bytes(self, columns: int) -> int:
         return columns * (4 + 2 * self.moments.itemsize)
+
+    def smaller(self) -> Iterator[tuple[RowLayout, str]]:
+        """Layouts whose rows take less memory, and the flags for them; the least loss first."""
+        flags = []
+        if not self.narrow:
+            flags.append("--pipeline.model.moment-dtype bfloat16")
+            yield replace(self, moments=torch.bfloat16), flags[0]
+        for degree in reversed(range(self.sh_degree)):
+            layout = RowLayout(degree, self.moments if self.narrow else torch.bfloat16)
+            yield layout, " ".join((*flags, f"--pipeline.model.sh-degree {degree}"))
 
     @cached_property
     def group_of_column(self) -> np.ndarray:

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +113,8 @@ def test_a_plan_that_is_not_refused_keeps_to_the_memory(c):
         plan = make_plan(c)
     except GSScaleError as refusal:
         assert ";" in str(refusal)  # cause; remedy
+        if "train with" in str(refusal):
+            memory_plan._grown(with_flags(c, str(refusal)))  # all but the GPU's side
         return
     assert c.rows <= plan.capacity <= (c.wanted or 1 << 28)
     assert plan.host.now == sum(now for now, _ in parts(plan.host).values())
@@ -158,6 +161,58 @@ def test_images_that_leave_no_room_for_rows(bounded):
 def test_more_points_than_host_memory_holds():
     text = refusal(replace(LAPTOP, rows=20_000_000, images=0))
     assert "free host memory, or begin with fewer points" in text
+
+
+CROWDED = replace(
+    LAPTOP, rows=30_000_000, view_rows=1_000_000, memory=22 * GB, images=GB // 10,
+)  # fmt: skip
+"""More points than host memory holds as they are. With moments of 16 bits it does."""
+
+
+def with_flags(c, text):
+    """The circumstances after the flags for smaller rows that a refusal names."""
+    narrow = "moment-dtype bfloat16" in text
+    degree = re.search(r"sh-degree (\d)", text)
+    layout = RowLayout(
+        int(degree[1]) if degree else c.layout.sh_degree,
+        torch.bfloat16 if narrow else c.layout.moments,
+    )
+    most = re.search(r"max-gaussians (\d+)", text)
+    return replace(c, layout=layout, wanted=int(most[1]) if most else c.wanted)
+
+
+@pytest.mark.parametrize(
+    "memory, degree, named",
+    [
+        (22, 3, "train with --pipeline.model.moment-dtype bfloat16, free"),
+        (17, 3, "train with --pipeline.model.moment-dtype bfloat16 --pipeline.model.sh-degree 2,"),
+        (12, 3, "train with --pipeline.model.moment-dtype bfloat16 --pipeline.model.sh-degree 1,"),
+        (8, 3, "bfloat16 with --pipeline.model.sh-degree 0 is not enough ("),
+        (8, 0, "bfloat16 with --pipeline.model.sh-degree 0 is not enough ("),
+    ],
+)
+def test_flags_for_too_many_points_are_those_that_are_enough(memory, degree, named, monkeypatch):
+    monkeypatch.setattr(layout, "STREAMS", True)
+    c = replace(CROWDED, layout=RowLayout(degree), memory=memory * GB)
+    text = refusal(c)
+    assert named in text and text.endswith("free host memory, or begin with fewer points")
+    if "train with" in text:
+        make_plan(with_flags(c, text))
+    else:
+        assert float(re.search(r"is not enough \(([\d.]+) GB\)", text)[1]) > memory
+
+
+def test_rows_that_cannot_be_smaller():
+    c = replace(CROWDED, layout=RowLayout(0, torch.bfloat16), memory=8 * GB)
+    assert "; free host memory, or begin with fewer points" in refusal(c)
+
+
+def test_flags_for_present_points_name_a_capacity_that_fits(monkeypatch):
+    monkeypatch.setattr(layout, "STREAMS", True)
+    c = replace(CROWDED, wanted=60_000_000)
+    text = refusal(c)
+    assert "--pipeline.model.max-gaussians" in text
+    assert make_plan(with_flags(c, text)).capacity >= c.rows
 
 
 def test_memory_that_is_left_only_to_others_does_not_refuse():

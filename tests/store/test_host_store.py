@@ -364,3 +364,22 @@ def test_rows_beyond_the_memory_are_refused(monkeypatch):
     assert store.taken_bytes == 1500 * rendered
     with pytest.raises(GSScaleError, match="more host memory"):
         store.pin()  # the moments' turn
+
+
+@pytest.mark.parametrize(
+    "memory, named",
+    [
+        (750, "train with --pipeline.model.moment-dtype bfloat16 ("),
+        (500, "train with --pipeline.model.moment-dtype bfloat16 --pipeline.model.sh-degree 2 ("),
+        (270, "bfloat16 with --pipeline.model.sh-degree 0 is not enough"),
+    ],
+)
+def test_moments_that_do_not_fit_name_the_flags_with_which_rows_do(memory, named, monkeypatch):
+    monkeypatch.setattr(layout, "STREAMS", True)
+    monkeypatch.setattr(host, "locked_ahead", lambda layout, rows: 0)
+    store = HostStore(RowLayout(3), max_rows=1000)
+    store.resize(1000)
+    monkeypatch.setattr(host, "available_memory", lambda: 1000 * memory - store.taken_bytes)
+    with pytest.raises(GSScaleError) as refused:
+        store.pin()
+    assert named in str(refused.value)
