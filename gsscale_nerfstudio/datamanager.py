@@ -50,12 +50,14 @@ class GSScaleDatamanagerConfig(FullImageDatamanagerConfig):
     training and evaluation, else disk."""
     image_memory_gb: float | None = None
     """With cache_images auto or disk: host memory, in 10^9 bytes, for decoded training images,
-    those read ahead included. The decoders' own needs, some three images a thread, come on top.
+    those read ahead included. The decoders' own needs come on top, a thread's as many as four
+    images, of a fisheye lens six, of FISHEYE624 24.
     Unset: a quarter of the memory that is available (in a container, within its limit) when the
     first image is needed."""
     max_thread_workers: int | None = None
     """With cache_images auto or disk: number of threads that read images. Unset: one for each core
-    that this process may use. (For gpu and cpu Nerfstudio reads with two threads, and a number is
+    that this process may use, or fewer, so that what they take beside image_memory_gb is no more
+    than that. (For gpu and cpu Nerfstudio reads with two threads, and a number is
     refused.)"""
     view_lookahead: int = 1
     """Choose the next training image among the next N of Nerfstudio's random order: the one with

@@ -25,8 +25,15 @@ _SHARE = 4
 _COLORS = ("L", "RGB", "RGBA")
 """Pixels whose numbers Nerfstudio reads as colours, rightly: not palette indices, CMYK, 16 bits."""
 
-_DECODING = 3
-"""Images' worth of memory that a thread takes while it reads one."""
+_DECODING = {
+    CameraType.FISHEYE.value: {"uint8": 6, "float32": 4},
+    CameraType.FISHEYE624.value: {"uint8": 24, "float32": 9},
+}
+"""Images' worth of memory, masks included, that a thread takes while it reads one: rounded up from
+peaks at 9 megapixels (23.5 and 8.7 for FISHEYE624). Undistortion makes maps of floats for these."""
+
+_DECODING_OTHERS = {"uint8": 4, "float32": 4}
+"""The same of perspective cameras. A JPEG that needs no undistortion takes 1, as uint8."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,15 @@ def place(
         device: they are used there; on the CPU nothing is page-locked.
         image_type: element type.
         memory_gb: the budget, in 10^9 bytes. None: a quarter of the available host memory.
-        threads: that read from the disk. None: one for each core that this process may use.
+        threads: that read from the disk. None: one for each core that this process may use, but
+            only so many that what they take beside the budget is no more than the budget.
 
     Raises:
         OSError: a file is missing or no image.
         ValueError: an image is not as large as its camera says.
     """
-    threads = threads or len(os.sched_getaffinity(0))
-    sizes = tuple(decoded_bytes(data, image_type, threads) for data in datasets)
+    cores = len(os.sched_getaffinity(0))
+    sizes = tuple(decoded_bytes(data, image_type, threads or cores) for data in datasets)
     every = [size for data in sizes for size in data]
     # The present one and the next.
     shown = 2 * max(every, default=0) if device.type == "cuda" else 0
@@ -90,6 +98,8 @@ def place(
     budget = available // _SHARE if memory_gb is None else int(memory_gb * 1e9)
     if wanted == "auto" and sum(in_memory.in_host) <= budget:
         return in_memory
+    decoding = _decoding_bytes(datasets[0], sizes[0], image_type)
+    threads = threads or max(1, min(cores, budget // max(1, decoding)))
     of = f" of the {available / 1e9:.1f} GB available" if memory_gb is None else ""
     CONSOLE.print(
         f"gsscale: the {len(every):,} images, {sum(every) / 1e9:.1f} GB when decoded, are read "
@@ -99,20 +109,35 @@ def place(
         highlight=False,
         soft_wrap=True,
     )
-    in_host = _in_host(sizes, budget, threads, page_lock=device.type == "cuda")
+    in_host = _in_host(sizes, budget, threads, decoding, page_lock=device.type == "cuda")
     return Placement("disk", sizes, in_host, shown, budget, threads)
 
 
 def _in_host(
-    sizes: tuple[list[int], ...], budget: int, threads: int, page_lock: bool
+    sizes: tuple[list[int], ...], budget: int, threads: int, decoding: int, page_lock: bool
 ) -> tuple[int, ...]:
     """Bytes that images from the disk take in host memory: training's, and of others two each."""
     train, *others = sizes
     largest = max(train, default=0)
-    taken = min(budget, sum(train)) + _DECODING * min(threads, len(train)) * largest
+    taken = min(budget, sum(train)) + decoding * min(threads, len(train))
     if page_lock:
         taken += STAGED * _page_locked(largest)
     return taken, *(2 * max(data, default=0) for data in others)
+
+
+def _decoding_bytes(
+    dataset: InputDataset, sizes: list[int], image_type: Literal["uint8", "float32"]
+) -> int:
+    """Bytes that a thread takes, at most, while it reads an image whose :func:`decoded_bytes`
+    are among ``sizes``."""
+    kinds = dataset.cameras.camera_type.flatten().tolist()
+    return max(
+        (
+            size * _DECODING.get(kind, _DECODING_OTHERS)[image_type]
+            for size, kind in zip(sizes, kinds, strict=True)
+        ),
+        default=0,
+    )
 
 
 def decoded_bytes(

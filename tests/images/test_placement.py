@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from nerfstudio.cameras.cameras import CameraType
 from PIL import Image
 
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
@@ -85,14 +86,45 @@ def test_memory_that_images_will_take(scene, monkeypatch):
         assert takes(wanted, CPU) == ((train * size, held_out * size), 0)
     assert takes("cpu", CUDA) == ((train * locked, held_out * locked), 2 * size)
     assert takes("gpu", CUDA) == ((0, 0), (train + held_out) * size)
-    # Three images for each of two threads; page-locked, the present one and two more.
+    # Four images for each of two threads; page-locked, the present one and two more.
     budget = 2.5 * size
-    from_disk = int(budget) + 6 * size
+    from_disk = int(budget) + 8 * size
     assert takes("disk", CPU, memory_gb=budget / 1e9) == ((from_disk, 2 * size), 0)
     assert takes("disk", CUDA, memory_gb=budget / 1e9) == (
         (from_disk + 3 * locked, 2 * size),
         2 * size,
     )
+
+
+LENSES = [
+    ("uint8", CameraType.PERSPECTIVE, 4 * 3),
+    ("uint8", CameraType.FISHEYE, 6 * 3),
+    ("uint8", CameraType.FISHEYE624, 24 * 4),  # it makes a mask
+    ("float32", CameraType.PERSPECTIVE, 4 * 12),
+    ("float32", CameraType.FISHEYE624, 9 * 13),
+]
+
+
+@pytest.mark.parametrize("image_type, lens, pixel", LENSES)
+def test_memory_that_decoding_takes_depends_on_the_lens(
+    image_type, lens, pixel, scene, monkeypatch
+):
+    data = ours(scene)
+    datasets = data.train_dataset, data.eval_dataset
+    data.train_dataset.cameras.camera_type[-1] = lens.value  # the one that takes most counts
+    monkeypatch.setattr(placement.os, "sched_getaffinity", lambda _: range(8))
+    decoding = max(pixel, 4 * (12 if image_type == "float32" else 3)) * PIXELS
+
+    def placed(budget, threads=None):
+        return place("disk", datasets, CPU, image_type, budget / 1e9, threads)
+
+    # As many threads as take no more than the budget, if no flag says how many, but one at least.
+    for budget, threads in ((9 * decoding, 8), (3.5 * decoding, 3), (decoding // 2, 1)):
+        found = placed(budget)
+        assert found.threads == threads
+        kept = min(found.budget, sum(found.sizes[0]))
+        assert found.in_host[0] == kept + min(threads, len(found.sizes[0])) * decoding
+    assert placed(decoding // 2, threads=5).threads == 5
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
