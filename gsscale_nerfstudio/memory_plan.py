@@ -14,7 +14,12 @@ from gsscale_nerfstudio.cull import View
 from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES, IN_TENSORS, Budget
 from gsscale_nerfstudio.engines.host import HostEngine
 from gsscale_nerfstudio.engines.resident import ResidentEngine
-from gsscale_nerfstudio.engines.sizing import LEAST_VIEW_ROW_BYTES, view_bytes, with_margin
+from gsscale_nerfstudio.engines.sizing import (
+    LEAST_VIEW_ROW_BYTES,
+    unfused_bytes,
+    view_bytes,
+    with_margin,
+)
 from gsscale_nerfstudio.errors import GSScaleError, warn
 from gsscale_nerfstudio.store import RowLayout
 from gsscale_nerfstudio.store.host import (
@@ -350,6 +355,12 @@ def _refuse_small_gpu(given: Circumstances, gpu: Gpu) -> None:
         remedy = (
             "free GPU memory, or train with smaller images "
             "(--pipeline.datamanager.camera-res-scale-factor 0.5)"
+        )
+    fused = least - unfused_bytes(given.view_pixels)
+    if fused <= gpu.available:
+        remedy += (
+            f", or install PyTorch 2.8 or newer (Triton 3.4): with its fused loss {_gb(fused)} are "
+            "enough"
         )
     raise GSScaleError(
         f"{_gb(gpu.available)} of GPU memory do not hold what the largest training view takes: at "

@@ -14,7 +14,8 @@ from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.loss import FUSED
 from gsscale_nerfstudio.store import RowLayout
 
-_PIXEL_BYTES = 130 if FUSED else 330
+_FUSED_PIXEL_BYTES = 130
+_PIXEL_BYTES = _FUSED_PIXEL_BYTES if FUSED else 330
 """Per pixel of a view: the rendered and the true image, the loss and its derivatives."""
 
 _VIEW_ROW_BYTES = 700
@@ -42,6 +43,11 @@ _ROOMY = 8
 def view_bytes(rows: int, pixels: int, per_row: float = _VIEW_ROW_BYTES) -> int:
     """Device memory that training a view takes, beside its rows' places in a cache."""
     return int(rows * per_row + pixels * _PIXEL_BYTES)
+
+
+def unfused_bytes(pixels: int) -> int:
+    """The part of :func:`view_bytes` that a fused loss would not take; 0 where it is fused."""
+    return pixels * (_PIXEL_BYTES - _FUSED_PIXEL_BYTES)
 
 
 def with_margin(rows: int) -> int:

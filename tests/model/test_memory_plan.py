@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsscale_nerfstudio import memory_plan
-from gsscale_nerfstudio.engines import HostEngine, ResidentEngine
+from gsscale_nerfstudio.engines import HostEngine, ResidentEngine, sizing
 from gsscale_nerfstudio.engines.budget import CONTEXT_BYTES, IN_TENSORS
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.errors import GSScaleError
@@ -240,6 +240,19 @@ def test_a_card_that_is_too_small():
     assert "--pipeline.datamanager.cache-images cpu" in text
     text = refusal(replace(LAPTOP, gpu=Gpu(free=GB // 2)))
     assert "--pipeline.datamanager.camera-res-scale-factor" in text
+
+
+@pytest.mark.parametrize("pixel, short, helps", [(330, 0, True), (330, 1, False), (130, 1, False)])
+def test_a_newer_torch_is_named_where_a_view_would_fit_with_it(pixel, short, helps, monkeypatch):
+    monkeypatch.setattr(sizing, "_PIXEL_BYTES", pixel)
+    fused = CONTEXT_BYTES + 24_000_000 + 120_000 // 64 * 300 + 2_000_000 * 130
+    for gpu in (
+        replace(LAPTOP.gpu, budget=fused - short),
+        replace(LAPTOP.gpu, free=fused - short),
+    ):
+        text = refusal(replace(LAPTOP, gpu=gpu))
+        assert ("PyTorch 2.8 or newer" in text) == helps
+        assert not helps or f"{fused / 1e9:.2f} GB are enough" in text
 
 
 def test_a_budget_above_the_cards_memory_is_clipped():
