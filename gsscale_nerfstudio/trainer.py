@@ -14,7 +14,7 @@ from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from gsscale_nerfstudio import checkpoint
+from gsscale_nerfstudio import checkpoint, resuming
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
 from gsscale_nerfstudio.errors import GSScaleError, readable_errors, warn
 from gsscale_nerfstudio.evaluation import leave_moments_on_disk
@@ -248,6 +248,7 @@ class GSScaleTrainer(Trainer):
         else:
             self.pipeline.resume(resume["pipeline"])
             self._random_state = resume["random"]
+            resuming.restore_gradients(self.optimizers, resume.get("gradients", {}))
 
     def _checkpoint_to_load(self) -> Path | None:
         """The file that the settings name, None if they name none.
@@ -305,6 +306,9 @@ class GSScaleTrainer(Trainer):
                 RESUME: {
                     "pipeline": self.pipeline.resume_state(),
                     "random": random_state(self.device),
+                    "gradients": resuming.gradients_under_way(
+                        self.optimizers, self.gradient_accumulation_steps, step
+                    ),
                 },
             }
             checkpoint.save(state, path, scratch=self.base_dir)

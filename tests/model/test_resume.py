@@ -15,7 +15,8 @@ from tests.model.test_bad_input import ends_with_a_sentence
 from tests.runs import differences, edit_json, make_config, seeded, tiny_scene, train
 
 STOP = 14
-"""Steps before and after the stop. 9 images are an epoch: it comes in the middle of the second."""
+"""Steps before and after the stop. 9 images are an epoch: it comes in the middle of the second, and
+in the middle of 3 and of 4 steps over which gradients accumulate."""
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,12 @@ def busy_config(scene: Path, output: Path, steps: int, variant: str = "plain"):
     config.steps_per_save = STOP - 1
     config.steps_per_eval_image = 9
     config.save_only_latest_checkpoint = False
-    if variant == "other modules":
+    if variant in ("other modules", "accumulated gradients"):
         config.pipeline.model.camera_optimizer.mode = "SO3xR3"
         config.pipeline.model.use_bilateral_grid = True
-    elif variant == "view lookahead":
+    if variant == "accumulated gradients":
+        config.gradient_accumulation_steps = {"camera_opt": 4, "bilateral_grid": 3}
+    if variant == "view lookahead":
         config.pipeline.datamanager.view_lookahead = 4
     elif variant == "farthest points":
         config.pipeline.datamanager.train_cameras_sampling_strategy = "fps"
@@ -98,6 +101,7 @@ def last_checkpoint(trainer) -> dict[str, Any]:
     [
         "plain",
         "other modules",
+        "accumulated gradients",
         "view lookahead",
         "farthest points",
         "resident",
