@@ -1,11 +1,23 @@
-"""What goes on in a resumed run beside rows."""
+"""What goes on in a resumed run beside rows, and what has to be as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from nerfstudio.engine.optimizers import Optimizers
 from torch import Tensor
+
+from gsscale_nerfstudio.errors import GSScaleError
+
+_MODULES = {
+    "camera_opt": (
+        "camera poses",
+        "--pipeline.model.camera-optimizer.mode (SO3xR3 or SE3, as that run had it)",
+    ),
+    "bilateral_grid": ("bilateral grids", "--pipeline.model.use-bilateral-grid True"),
+}
+"""Groups of parameters that are not always there: what they are, and the flag that makes them."""
 
 Gradients = dict[str, list[Tensor | None]]
 """By group, one for each of its parameters."""
@@ -32,3 +44,26 @@ def restore_gradients(optimizers: Optimizers, gradients: Gradients) -> None:
         for parameter, gradient in zip(optimizers.parameters[name], of_group, strict=True):
             if gradient is not None:  # a copy, because steps add to it, and it is the file's
                 parameter.grad = gradient.to(parameter.device, copy=True)
+
+
+def require_groups(optimizers: Optimizers, loaded: Mapping[str, Any]) -> None:
+    """Check that a run has all groups of a checkpoint; those it has beside them begin anew.
+
+    Args:
+        loaded: states of the checkpoint's optimizers, by name of their group.
+
+    Raises:
+        GSScaleError: one is not there; names the flag that makes it.
+    """
+    missing = [name for name in loaded if name not in optimizers.optimizers]
+    if any(name not in _MODULES for name in missing):
+        raise GSScaleError(
+            f"the checkpoint has optimizers that no flag of gsscale makes ({', '.join(missing)}): "
+            "it is another method's; load one of gsscale or splatfacto"
+        )
+    if missing:
+        modules = [_MODULES[name] for name in missing]
+        whats, flags = (" and ".join(each) for each in zip(*modules, strict=True))
+        raise GSScaleError(
+            f"the checkpoint's run has trained {whats}, too; to go on from it add {flags}"
+        )

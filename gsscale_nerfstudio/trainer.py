@@ -229,6 +229,7 @@ class GSScaleTrainer(Trainer):
             return
         checkpoint.remove_unfinished(path.parent.parent)
         state = checkpoint.load(path)
+        resuming.require_groups(self.optimizers, state.get("optimizers", {}))
         self._start_step = state["step"] + 1
         self.pipeline.load_pipeline(state["pipeline"], state["step"])
         self.optimizers.load_optimizers(state.get("optimizers", {}))

@@ -170,6 +170,52 @@ def test_statistics_of_another_run_are_refused(scene, tmp_path, capsys):
     ends_with_a_sentence(config, capsys, "put together from two runs")
 
 
+MODULES = {
+    "camera-optimizer.mode": ("camera_opt", "_model.camera_optimizer.pose_adjustment"),
+    "use-bilateral-grid True": ("bilateral_grid", "_model.bil_grids.grids"),
+}
+
+
+def with_module(config, flag: str):
+    if flag == "camera-optimizer.mode":
+        config.pipeline.model.camera_optimizer.mode = "SE3"
+    else:
+        config.pipeline.model.use_bilateral_grid = True
+    return config
+
+
+@pytest.mark.parametrize("flag", MODULES)
+def test_a_module_that_was_forgotten_is_named(scene, tmp_path, capsys, flag):
+    stopped = train(with_module(busy_config(scene, tmp_path / "stopped", 2), flag))
+    config = busy_config(scene, tmp_path / "resumed", 2)
+    config.load_dir = stopped.checkpoint_dir
+    ends_with_a_sentence(config, capsys, "to go on from it add", f"--pipeline.model.{flag}")
+
+
+@pytest.mark.parametrize("flag", MODULES)
+def test_a_module_that_is_added_begins_anew(scene, tmp_path, flag):
+    stopped = train(busy_config(scene, tmp_path / "stopped", 2))
+    config = with_module(busy_config(scene, tmp_path / "resumed", 2), flag)
+    config.load_dir = stopped.checkpoint_dir
+    resumed = train(config)
+    state = torch.load(resumed.checkpoint_dir / "step-000000003.ckpt", weights_only=True)
+    group, entry = MODULES[flag]
+    assert entry in state["pipeline"]
+    assert state["schedulers"][group]["last_epoch"] == 2
+    assert state["schedulers"]["means"]["last_epoch"] == 4
+
+
+def test_another_methods_checkpoint_is_refused(scene, tmp_path, capsys):
+    stopped = train(busy_config(scene, tmp_path / "stopped", 2))
+    path = stopped.checkpoint_dir / "step-000000001.ckpt"
+    state = torch.load(path)
+    state["optimizers"] = {name: {} for name in ("proposal_networks", "fields", "camera_opt")}
+    torch.save(state, path)
+    config = busy_config(scene, tmp_path / "resumed", 2)
+    config.load_dir = stopped.checkpoint_dir
+    ends_with_a_sentence(config, capsys, "it is another method's", "fields")
+
+
 def test_the_entry_holds_plain_values_only(scene, tmp_path):
     """So that any torch and numpy reads it, also where only such values may be read."""
     stopped = train(busy_config(scene, tmp_path / "stopped", 2, "farthest points"))
