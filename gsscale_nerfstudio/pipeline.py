@@ -15,7 +15,7 @@ from nerfstudio.engine.callbacks import (
 )
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
-from gsscale_nerfstudio import memory_plan
+from gsscale_nerfstudio import memory_plan, resuming
 from gsscale_nerfstudio.budget_changes import BudgetChanges
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
 from gsscale_nerfstudio.errors import GSScaleError, readable_errors, warn
@@ -81,6 +81,7 @@ class GSScalePipeline(VanillaPipeline):
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         with readable_errors():
+            resuming.require_same_images(self.model, loaded_state)
             super().load_pipeline(loaded_state, step)
 
     def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> Any:

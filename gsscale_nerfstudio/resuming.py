@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nerfstudio.engine.optimizers import Optimizers
-from torch import Tensor
+from torch import Tensor, nn
 
 from gsscale_nerfstudio.errors import GSScaleError
 
@@ -66,4 +66,34 @@ def require_groups(optimizers: Optimizers, loaded: Mapping[str, Any]) -> None:
         whats, flags = (" and ".join(each) for each in zip(*modules, strict=True))
         raise GSScaleError(
             f"the checkpoint's run has trained {whats}, too; to go on from it add {flags}"
+        )
+
+
+def require_same_images(model: nn.Module, loaded: Mapping[str, Tensor]) -> None:
+    """Check that what a checkpoint has of each image is of as many images as there are.
+
+    Args:
+        model: splatfacto or gsscale, which has the parameters of its flags.
+        loaded: the checkpoint's entry of the pipeline.
+
+    Raises:
+        GSScaleError: it is of another number of them, or grids are of another shape.
+    """
+    own = dict(model.named_parameters())
+    for name, what in (
+        ("camera_optimizer.pose_adjustment", "camera poses"),
+        ("bil_grids.grids", "bilateral grids"),
+    ):
+        before, now = loaded.get(f"_model.{name}"), own.get(name)
+        if before is None or now is None or before.shape == now.shape:
+            continue
+        if len(before) != len(now):
+            raise GSScaleError(
+                f"the checkpoint has {what} of {len(before)} training images, and there are "
+                f"{len(now)}; give the data set, the dataparser's flags and the lists of images "
+                "that its run had"
+            )
+        shape = " ".join(str(size) for size in reversed(before.shape[2:]))  # the flag's order
+        raise GSScaleError(
+            f"the checkpoint's {what} are of another shape; add --pipeline.model.grid-shape {shape}"
         )

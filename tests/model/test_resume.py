@@ -205,6 +205,24 @@ def test_a_module_that_is_added_begins_anew(scene, tmp_path, flag):
     assert state["schedulers"]["means"]["last_epoch"] == 4
 
 
+@pytest.mark.parametrize("flag", MODULES)
+def test_modules_of_other_images_are_refused(scene, tmp_path, capsys, flag):
+    stopped = train(with_module(busy_config(scene, tmp_path / "stopped", 2), flag))
+    fewer = tiny_scene(tmp_path / "fewer", images=8)
+    config = with_module(busy_config(fewer, tmp_path / "resumed", 2), flag)
+    config.load_dir = stopped.checkpoint_dir
+    ends_with_a_sentence(config, capsys, "of 9 training images, and there are 6")
+
+
+def test_grids_of_another_shape_are_refused(scene, tmp_path, capsys):
+    config = busy_config(scene, tmp_path / "stopped", 2)
+    config.pipeline.model.grid_shape = (5, 4, 3)
+    stopped = train(with_module(config, "use-bilateral-grid True"))
+    config = with_module(busy_config(scene, tmp_path / "resumed", 2), "use-bilateral-grid True")
+    config.load_dir = stopped.checkpoint_dir
+    ends_with_a_sentence(config, capsys, "--pipeline.model.grid-shape 5 4 3")
+
+
 def test_another_methods_checkpoint_is_refused(scene, tmp_path, capsys):
     stopped = train(busy_config(scene, tmp_path / "stopped", 2))
     path = stopped.checkpoint_dir / "step-000000001.ckpt"
