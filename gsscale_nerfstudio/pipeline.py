@@ -129,12 +129,14 @@ class GSScalePipeline(VanillaPipeline):
         return {
             "engine": self.model.engine.resume_state(),
             "datamanager": self.datamanager.resume_state(),
+            "strategy": self.model.config.strategy,
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`resume_state` gave, once all other entries are loaded."""
         self.model.engine.resume(state["engine"])
         self.datamanager.resume(state["datamanager"])
+        resuming.tell_other_strategy(state.get("strategy"), self.model.config.strategy)
 
     def get_train_loss_dict(self, step: int) -> Any:
         again, self._again = self._again, False

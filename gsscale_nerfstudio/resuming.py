@@ -8,7 +8,7 @@ from typing import Any
 from nerfstudio.engine.optimizers import Optimizers
 from torch import Tensor, nn
 
-from gsscale_nerfstudio.errors import GSScaleError
+from gsscale_nerfstudio.errors import GSScaleError, warn
 
 _MODULES = {
     "camera_opt": (
@@ -96,4 +96,18 @@ def require_same_images(model: nn.Module, loaded: Mapping[str, Tensor]) -> None:
         shape = " ".join(str(size) for size in reversed(before.shape[2:]))  # the flag's order
         raise GSScaleError(
             f"the checkpoint's {what} are of another shape; add --pipeline.model.grid-shape {shape}"
+        )
+
+
+def tell_other_strategy(before: str | None, now: str) -> None:
+    """Warn if a run goes on with another strategy than it began with.
+
+    Args:
+        before: the checkpoint's; None in those of earlier versions.
+        now: the one that the flags name.
+    """
+    if before not in (None, now):
+        warn(
+            f"the checkpoint's run had strategy {before}, and goes on with {now}; to keep "
+            f"{before} give --pipeline.model.strategy {before}"
         )

@@ -158,6 +158,23 @@ def test_other_images_get_a_new_order(scene, tmp_path, capsys):
     assert resumed.step == 5
 
 
+@pytest.mark.parametrize("before, now", [("mcmc", "default"), ("default", "mcmc")])
+def test_another_strategy_is_told(scene, tmp_path, capsys, before, now):
+    stopped = train(make_config(scene, tmp_path / "stopped", steps=2, strategy=before))
+    told = []
+    for strategy in (before, now):
+        capsys.readouterr()
+        config = make_config(scene, tmp_path / strategy, steps=2, strategy=strategy)
+        config.load_dir = stopped.checkpoint_dir
+        train(config)
+        told.append(
+            f"to keep {before} give --pipeline.model.strategy {before}" in capsys.readouterr().out
+        )
+        state = torch.load(config.get_checkpoint_dir() / "step-000000003.ckpt")
+        assert state["gsscale"]["pipeline"]["strategy"] == strategy
+    assert told == [False, True]
+
+
 def test_statistics_of_another_run_are_refused(scene, tmp_path, capsys):
     stopped = train(busy_config(scene, tmp_path / "stopped", 3))
     path = stopped.checkpoint_dir / "step-000000002.ckpt"
