@@ -187,6 +187,20 @@ def test_statistics_of_another_run_are_refused(scene, tmp_path, capsys):
     ends_with_a_sentence(config, capsys, "put together from two runs")
 
 
+def test_new_learning_rates_are_ignored(scene, tmp_path):
+    """As in Nerfstudio; of a schedule the share to which it falls, and how soon, is the new one."""
+    stopped = train(make_config(scene, tmp_path / "stopped", steps=3))
+    config = make_config(scene, tmp_path / "resumed", steps=3)
+    config.load_dir = stopped.checkpoint_dir
+    for name in ("means", "opacities"):
+        config.optimizers[name]["optimizer"].lr *= 10
+    config.optimizers["means"]["scheduler"].max_steps = 12  # from 1.6e-3 to 1.6e-6
+    resumed = train(config)
+    rates = {k: v.param_groups[0]["lr"] for k, v in resumed.optimizers.optimizers.items()}
+    assert rates["opacities"] == 0.05
+    assert rates["means"] == pytest.approx(1.6e-4 * 1e-3 ** (6 / 12))
+
+
 MODULES = {
     "camera-optimizer.mode": ("camera_opt", "_model.camera_optimizer.pose_adjustment"),
     "use-bilateral-grid True": ("bilateral_grid", "_model.bil_grids.grids"),
