@@ -1,13 +1,16 @@
-"""What goes on in a resumed run beside rows, and what has to be as it was."""
+"""What a resumed run begins with, what goes on in it beside rows, and what has to be as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.trainer import TrainerConfig
 from torch import Tensor, nn
 
+from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.errors import GSScaleError, warn
 
 _MODULES = {
@@ -21,6 +24,25 @@ _MODULES = {
 
 Gradients = dict[str, list[Tensor | None]]
 """By group, one for each of its parameters."""
+
+
+def checkpoint_to_load(config: TrainerConfig) -> Path | None:
+    """The file that a run's settings name, None if they name none.
+
+    Raises:
+        GSScaleError: it is missing or damaged.
+    """
+    if config.load_dir is not None:
+        checkpoint.require_some(config.load_dir)
+        if config.load_step is None:
+            config.load_step = checkpoint.newest_step(config.load_dir)
+        path = checkpoint.path_of(config.load_dir, config.load_step or 0)
+    elif config.load_checkpoint is not None:
+        path = config.load_checkpoint
+    else:
+        return None
+    checkpoint.require_whole(path)
+    return path
 
 
 def gradients_under_way(optimizers: Optimizers, periods: Mapping[str, int], step: int) -> Gradients:

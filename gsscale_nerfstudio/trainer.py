@@ -222,7 +222,7 @@ class GSScaleTrainer(Trainer):
             raise no_room_left(said, model.num_points, model.last_size)
 
     def _load_checkpoint(self) -> None:
-        path = self._checkpoint_to_load()
+        path = resuming.checkpoint_to_load(self.config)
         if path is None:
             super()._load_checkpoint()  # which says that there is none
             self.pipeline.tell_without_points()
@@ -250,25 +250,6 @@ class GSScaleTrainer(Trainer):
             self.pipeline.resume(resume["pipeline"])
             self._random_state = resume["random"]
             resuming.restore_gradients(self.optimizers, resume.get("gradients", {}))
-
-    def _checkpoint_to_load(self) -> Path | None:
-        """The file that the settings name, None if they name none.
-
-        Raises:
-            GSScaleError: it is missing or damaged.
-        """
-        config = self.config
-        if config.load_dir is not None:
-            checkpoint.require_some(config.load_dir)
-            if config.load_step is None:
-                config.load_step = checkpoint.newest_step(config.load_dir)
-            path = checkpoint.path_of(config.load_dir, config.load_step or 0)
-        elif config.load_checkpoint is not None:
-            path = config.load_checkpoint
-        else:
-            return None
-        checkpoint.require_whole(path)
-        return path
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
