@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image, JpegImagePlugin
@@ -24,6 +25,10 @@ _SUBSAMPLINGS = (0, 1, 2)
 
 _PAUSE = 1.0
 """Seconds before a file is read again that could not be read: a file server may be back by then."""
+
+
+_NEXT_TO_NOTHING = 1e-30
+"""A distortion coefficient that is not 0, and that no pixel's position can tell from 0."""
 
 
 class ImageDataset(InputDataset):
@@ -44,6 +49,7 @@ class ImageDataset(InputDataset):
         for side in ("width", "height"):
             pixels = getattr(dataparser_outputs.cameras, side).double() * scale_factor
             setattr(self.cameras, side, pixels.to(torch.int64))
+        _mark_ideal_fisheyes(self.cameras)
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
         """The pixels of an image, [H, W, 3 or 4] uint8.
@@ -71,6 +77,24 @@ class ImageDataset(InputDataset):
             except OSError:
                 time.sleep(_PAUSE)
                 return super().get_data(image_idx, image_type)
+
+
+def _mark_ideal_fisheyes(cameras: Cameras) -> None:
+    """Have fisheyes, of [n] cameras, undistorted even if their coefficients are all 0, in place.
+
+    Coefficients are what a fisheye differs by from the ideal one, which bends as much. Nerfstudio,
+    and what reads the images from the disk as it does, leave images alone where all are 0.
+    """
+    types = [CameraType.FISHEYE.value, CameraType.FISHEYE624.value]
+    fisheyes = torch.isin(cameras.camera_type, torch.tensor(types)).flatten()
+    if not fisheyes.any():
+        return
+    coefficients = cameras.distortion_params
+    if coefficients is None:
+        coefficients = torch.zeros(len(cameras), 12)
+    ideal = fisheyes & (coefficients == 0).all(dim=-1)
+    cameras.distortion_params = coefficients.clone()  # all cameras may share one row
+    cameras.distortion_params[ideal, 0] = _NEXT_TO_NOTHING
 
 
 @contextmanager

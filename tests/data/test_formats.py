@@ -51,10 +51,13 @@ def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", Network)
 
 
-def trained(parser: DataParserConfig, output: Path, **model: Any) -> GSScaleTrainer:
-    """A run of three steps; held-out views were looked at."""
+def trained(
+    parser: DataParserConfig, output: Path, where: str = "auto", **model: Any
+) -> GSScaleTrainer:
+    """A run of three steps, with images kept ``where``; held-out views were looked at."""
     config = make_config(parser.data, output, steps=3, **model)
     config.pipeline.datamanager.dataparser = parser
+    config.pipeline.datamanager.cache_images = where
     trainer = train(config)
     metrics = trainer.pipeline.get_average_eval_image_metrics()
     assert 3 < metrics["psnr"] < 60
@@ -189,9 +192,21 @@ MODELS: dict[str, tuple[Pinhole, list[float]]] = {
 @pytest.mark.parametrize("model", MODELS)
 def test_what_a_lens_bent_is_straight_again(model: str, tmp_path: Path) -> None:
     lens, parameters = MODELS[model]
-    scene = seen_through(lens)
-    write_colmap(scene, tmp_path / "scene", model, parameters)
-    trainer = trained(ColmapDataParserConfig(data=tmp_path / "scene", **SPLIT), tmp_path)
+    write_colmap(seen_through(lens), tmp_path / "scene", model, parameters)
+    is_straight_again(tmp_path, seen_through(lens))
+
+
+@pytest.mark.parametrize("where", ["auto", "disk"])
+def test_a_fisheye_without_distortion_is_one_all_the_same(where: str, tmp_path: Path) -> None:
+    """Where its coefficients are 0 Nerfstudio takes it for a pinhole."""
+    scene = seen_through(fisheye(0, 0, 0, 0))
+    write_colmap(scene, tmp_path / "scene", "OPENCV_FISHEYE", [*PINHOLE, 0, 0, 0, 0])
+    is_straight_again(tmp_path, scene, where)
+
+
+def is_straight_again(folder: Path, scene: Village, where: str = "auto") -> None:
+    """Training on the scene, which ``folder`` has, is with what a pinhole would have seen."""
+    trainer = trained(ColmapDataParserConfig(data=folder / "scene", **SPLIT), folder, where)
     as_taken = [
         np.abs(image.astype(float) - picture(STRAIGHT, pose)).mean() / 255
         for image, pose in zip(scene.images, scene.poses, strict=True)
