@@ -11,7 +11,7 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from gsscale_nerfstudio.checkpoint import allow_numpy_scalars
 from gsscale_nerfstudio.datamanager import GSScaleDatamanagerConfig
-from gsscale_nerfstudio.model_config import GSScaleModelConfig
+from gsscale_nerfstudio.model_config import GSScaleBigModelConfig, GSScaleModelConfig
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.pipeline import GSScalePipelineConfig
 from gsscale_nerfstudio.trainer import GSScaleTrainerConfig
@@ -82,7 +82,7 @@ gsscale = MethodSpecification(
 gsscale_big = MethodSpecification(
     config=_trainer(
         "gsscale-big",
-        GSScaleModelConfig(cull_alpha_thresh=0.005, densify_grad_thresh=0.0005),
+        GSScaleBigModelConfig(),
         grid_lr=5e-3,
     ),
     description="gsscale with more Gaussians and higher quality, as splatfacto-big.",

@@ -49,8 +49,19 @@ class GSScaleModelConfig(SplatfactoModelConfig):
     """Weight of the mean opacity in the loss, with strategy mcmc."""
     mcmc_scale_reg: float = 0.01
     """Weight of the mean scale in the loss, with strategy mcmc."""
+    cull_alpha_thresh: float | None = None  # type: ignore[assignment]
+    """Opacity below which a Gaussian is removed; with strategy mcmc, up to which it is relocated.
+    Unset: splatfacto's 0.1, with mcmc gsplat's 0.005."""
     vram_budget_gb: float | None = None
     """GPU memory, in 10^9 bytes, that training may take in all, CUDA's own included. The larger,
     the fewer Gaussians cross the link between host and GPU with the resident engine. Views for
     which it is too small are drawn in parts. Unset: 90 % of what is free, which is also the most
     that is ever taken. The viewer can change it while training."""
+
+
+@dataclass
+class GSScaleBigModelConfig(GSScaleModelConfig):
+    """The same with splatfacto-big's defaults: with them, nothing was asked for by the user."""
+
+    cull_alpha_thresh: float | None = 0.005
+    densify_grad_thresh: float = 0.0005

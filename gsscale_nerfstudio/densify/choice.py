@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nerfstudio.models.splatfacto import SplatfactoModelConfig
+
 from gsscale_nerfstudio.densify.mcmc import RowMCMCStrategy
 from gsscale_nerfstudio.densify.strategy import RowStrategy, pause_after_reset
 from gsscale_nerfstudio.errors import GSScaleError
@@ -26,8 +28,9 @@ _FLAGS = {
 }
 """What is said to one strategy only."""
 
-_MIN_OPACITY = 0.005
-"""Of gsplat's MCMC strategy; splatfacto's 0.1 would relocate what the scene consists of."""
+_CULL_ALPHA_THRESH = {"default": SplatfactoModelConfig.cull_alpha_thresh, "mcmc": 0.005}
+"""Where none is given. With gsplat's MCMC strategy splatfacto's would relocate what the scene
+consists of."""
 
 
 def make_strategy(config: GSScaleModelConfig, num_images: int) -> RowStrategy | RowMCMCStrategy:
@@ -41,22 +44,23 @@ def make_strategy(config: GSScaleModelConfig, num_images: int) -> RowStrategy | 
         GSScaleError: flags of the other strategy were set, or values that mean nothing.
     """
     _refuse(config)
+    threshold = config.cull_alpha_thresh
+    if threshold is None:
+        threshold = _CULL_ALPHA_THRESH[config.strategy]
     if config.strategy == "mcmc":
-        threshold = config.cull_alpha_thresh
-        untouched = threshold == type(config).cull_alpha_thresh
         return RowMCMCStrategy(
             cap_max=config.max_gs_num,
             noise_lr=config.noise_lr,
             refine_start_iter=config.warmup_length,
             refine_stop_iter=config.stop_split_at,
             refine_every=config.refine_every,
-            min_opacity=_MIN_OPACITY if untouched else threshold,
+            min_opacity=threshold,
             verbose=True,
             epoch=num_images if config.mcmc_opacity_reg > 0 else 0,
         )
     reset_every = config.reset_alpha_every * config.refine_every
     return RowStrategy(
-        prune_opa=config.cull_alpha_thresh,
+        prune_opa=threshold,
         grow_grad2d=config.densify_grad_thresh,
         grow_scale3d=config.densify_size_thresh,
         grow_scale2d=config.split_screen_size,
@@ -87,8 +91,7 @@ def _refuse(config: GSScaleModelConfig) -> None:
         flags = ", ".join(f"--pipeline.model.{name.replace('_', '-')}" for name in lost)
         raise GSScaleError(
             f"strategy {config.strategy} has no use for {flags}: only strategy {other} has; leave "
-            f"them at their defaults (gsscale-big sets some: use gsscale), or train with "
-            f"--pipeline.model.strategy {other}"
+            f"them at their defaults, or train with --pipeline.model.strategy {other}"
         )
     if config.max_gs_num < 1:
         raise GSScaleError(

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from gsplat.strategy import MCMCStrategy
+from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
 from torch import Tensor
 
-from gsscale_nerfstudio.densify import RowMCMCStrategy, mcmc
+from gsscale_nerfstudio.densify import RowMCMCStrategy, make_strategy, mcmc
 from gsscale_nerfstudio.densify.relocation import share_out
 from gsscale_nerfstudio.densify.sampling import draw_rows
 from gsscale_nerfstudio.engines.packing import kernels_run_on
+from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim import MeanNoise
 from gsscale_nerfstudio.regularization import term_names
 from gsscale_nerfstudio.store import GROUPS, HostStore, chunks, host
@@ -407,7 +410,7 @@ def test_views_in_parts_are_pulled_at_as_whole_ones(scene, tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"densify_grad_thresh": 0.0005}, ["--pipeline.model.densify-grad-thresh", "gsscale-big"]),
+        ({"densify_grad_thresh": 0.0005}, ["--pipeline.model.densify-grad-thresh", "defaults"]),
         ({"reset_alpha_every": 10}, ["--pipeline.model.reset-alpha-every", "strategy mcmc"]),
         ({"max_gs_num": 0}, ["max-gs-num must be at least 1"]),
         ({"noise_lr": -1.0}, ["noise-lr must be 0 or more"]),
@@ -423,7 +426,20 @@ def test_settings_that_mean_nothing_end_in_a_sentence(scene, tmp_path, capsys, s
 
 
 def test_the_opacity_threshold_can_be_set(scene, tmp_path):
-    for given, expected in (({}, 0.005), ({"cull_alpha_thresh": 0.01}, 0.01)):
+    """To that of the other strategy, too."""
+    for given, expected in (({}, 0.005), ({"cull_alpha_thresh": 0.1}, 0.1)):
         trainer = mcmc_config(scene, tmp_path, steps=1, **given).setup()
         trainer.setup()
         assert trainer.pipeline.model.strategy.min_opacity == expected
+
+
+def test_big_takes_it_too():
+    """What gsscale-big sets for the other strategy nobody has asked for; what is given, somebody
+    has."""
+    flags = ["gsscale-big", "--pipeline.model.strategy", "mcmc"]
+    settings = tyro.cli(AnnotatedBaseConfigUnion, args=flags).pipeline.model
+    assert make_strategy(settings, 10).min_opacity == 0.005
+    flags += ["--pipeline.model.densify-grad-thresh", "0.0008"]
+    settings = tyro.cli(AnnotatedBaseConfigUnion, args=flags).pipeline.model
+    with pytest.raises(GSScaleError, match=r"no use for .*densify-grad-thresh"):
+        make_strategy(settings, 10)

@@ -13,6 +13,7 @@ from nerfstudio.configs.method_configs import method_configs
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 
 from gsscale_nerfstudio.config import gsscale, gsscale_big
+from gsscale_nerfstudio.densify import make_strategy
 from tests.model.test_same_as_splatfacto import DENSIFICATION, FLAGS
 
 ROOT = Path(__file__).parents[2]
@@ -49,8 +50,11 @@ def test_every_test_that_is_named_exists() -> None:
 @pytest.mark.parametrize("ours, name", [(gsscale, "splatfacto"), (gsscale_big, "splatfacto-big")])
 def test_defaults_are_splatfactos(ours: Any, name: str) -> None:
     config, theirs = ours.config, method_configs[name]
+    # Left unset, because that of strategy mcmc is another one.
+    strategy = make_strategy(config.pipeline.model, num_images=10)
+    assert strategy.prune_opa == theirs.pipeline.model.cull_alpha_thresh
     for field in dataclasses.fields(theirs.pipeline.model):
-        if field.name != "_target":
+        if field.name not in {"_target", "cull_alpha_thresh"}:
             value = getattr(theirs.pipeline.model, field.name)
             assert getattr(config.pipeline.model, field.name) == value, field.name
     assert config.optimizers.keys() == theirs.optimizers.keys()
