@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.pipelines.base_pipeline import Pipeline
 
 from gsscale_nerfstudio.datamanager import GSScaleDatamanager
+from gsscale_nerfstudio.errors import GSScaleError, readable_errors
 from gsscale_nerfstudio.pipeline import GSScalePipeline
 
 
@@ -37,8 +38,28 @@ def _with_path(original: Callable[..., None]) -> Callable[..., None]:
         # One after the other, because their size is changed before the first is rendered.
         pipeline.model.path = (cameras[i : i + 1] for i in range(1, len(cameras)))
         try:
-            return original(pipeline, cameras, *args, **kwargs)
+            with readable_errors():
+                # Only camera-path has that argument, None included. In a path between a data set's
+                # fisheyes, pinholes are meant: that is what training has made of them.
+                if "crop_data" in kwargs:
+                    _require_pinholes(cameras)
+                return original(pipeline, cameras, *args, **kwargs)
         finally:
             pipeline.model.path = iter(())
 
     return render_trajectory
+
+
+def _require_pinholes(path: Cameras) -> None:
+    """Refuse a path that asks for other pictures than are drawn.
+
+    Raises:
+        GSScaleError: names the type.
+    """
+    kind = CameraType(int(path.camera_type.flatten()[0]))
+    if kind is not CameraType.PERSPECTIVE:
+        raise GSScaleError(
+            f"the camera path asks for pictures of type {kind.name}, and gsscale draws pinholes' "
+            'only; choose Perspective in the viewer when you save the path, or write "camera_type"'
+            ': "perspective" in its file'
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -84,6 +85,25 @@ def test_the_next_view_is_prepared_while_the_present_one_is_drawn(ns_render, mon
     assert ns_render("apart", *path) == frames
     assert not any(in_worker for _, in_worker in ahead)
     assert len(set(frames)) == FRAMES
+
+
+@pytest.mark.parametrize("kind", ["fisheye", "equirectangular", "omnidirectional", "vr180"])
+def test_a_path_of_other_cameras_than_pinholes_ends_in_a_sentence(
+    ns_render, tmp_path, capsys, kind
+):
+    """The path as Nerfstudio's viewer saves it."""
+    file = tmp_path / "path.json"
+    pose = torch.eye(4).flatten().tolist()
+    path = {"render_height": 40, "render_width": 56, "seconds": 1, "crop": None}
+    path["camera_path"] = [{"camera_to_world": pose, "fov": 60}] * 2
+    file.write_text(json.dumps({**path, "camera_type": "perspective"}))
+    assert len(ns_render("straight", "camera-path", "--camera-path-filename", file)) == 2
+    file.write_text(json.dumps({**path, "camera_type": kind}))
+    with pytest.raises(SystemExit) as ended:
+        ns_render("bent", "camera-path", "--camera-path-filename", file)
+    assert ended.value.code == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert kind.upper() in said and "gsscale draws pinholes' only; choose Perspective" in said
 
 
 def test_other_methods_are_rendered_as_ever(monkeypatch):
