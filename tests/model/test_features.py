@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import method_configs
+from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanagerConfig
+from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 
 from gsscale_nerfstudio.config import gsscale, gsscale_big
@@ -25,13 +27,25 @@ def flags_of(config: type, prefix: str = "") -> set[str]:
     return {prefix + name.replace("_", "-") for name in names}
 
 
-def test_every_flag_is_in_the_table() -> None:
-    section = PAGE[PAGE.index("## The model") : PAGE.index("## Optimizers")]
+def named_under(heading: str) -> set[str]:
+    """The flags in the first column of a section's table."""
+    section = PAGE.split(f"\n## {heading}")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = [flag for row in rows for flag in re.findall("`(.+?)`", row)]
     assert len(named) == len(set(named))
+    return set(named)
+
+
+def test_every_flag_is_in_the_table() -> None:
     expected = flags_of(SplatfactoModelConfig) - {"camera-optimizer"}
-    assert set(named) == expected | flags_of(CameraOptimizerConfig, "camera-optimizer.")
+    expected |= flags_of(CameraOptimizerConfig, "camera-optimizer.")
+    assert named_under("The model") == expected
+
+
+def test_every_flag_of_trainer_and_data_manager_is_in_the_table() -> None:
+    assert named_under("Images and cameras") == flags_of(FullImageDatamanagerConfig)
+    named = {flag.split(".")[0] for flag in named_under("The trainer")}  # with what is inside
+    assert named == flags_of(TrainerConfig, "--") - {"--pipeline", "--optimizers"}
 
 
 def test_every_test_that_is_named_exists() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from PIL import Image
@@ -151,6 +152,28 @@ def test_the_resident_engine_too(folder: Path) -> None:
     agree(train(ours, STEPS), without_flags(folder))
 
 
+def test_flags_of_other_data_managers_have_no_effect(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With splatfacto neither."""
+    settings = {
+        **SH_AT_ONCE,
+        DATA + "images_on_gpu": True,
+        DATA + "masks_on_gpu": True,
+        DATA + "eval_image_indices": (1,),
+        DATA + "eval_num_images_to_sample_from": 1,
+        DATA + "eval_num_times_to_repeat_images": 2,
+    }
+    scene, runs = scene_in(folder, None), []
+    for make in (make_config, splatfacto_config):
+        # Nerfstudio takes the two out of its class's own list.
+        monkeypatch.setattr(InputDataset, "exclude_batch_keys_from_device", ["image", "mask"])
+        runs.append(train(set_all(make(scene, folder / "no effect"), settings), STEPS))
+    ours, theirs = runs
+    agree(theirs, without_flags(folder))
+    agree(ours, theirs)
+
+
 # -- data ----------------------------------------------------------------------------------------
 
 
@@ -251,6 +274,14 @@ def test_refinement(folder: Path) -> None:
 def test_densification_flag(flag: str, folder: Path) -> None:
     ours, theirs = both(folder, few_images, {**REFINING, **DENSIFICATION[flag]}, REFINED)
     differ(theirs, refined(folder)[1])
+    agree(ours, theirs, in_order=False)
+
+
+def test_n_split_samples_has_no_effect(folder: Path) -> None:
+    """With splatfacto neither: gsplat splits in two."""
+    settings = {**REFINING, MODEL + "n_split_samples": 4}
+    ours, theirs = both(folder, few_images, settings, REFINED)
+    agree(theirs, refined(folder)[1], in_order=False)
     agree(ours, theirs, in_order=False)
 
 
