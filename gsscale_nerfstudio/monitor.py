@@ -32,10 +32,10 @@ class Monitor:
         return {name: self.engine.counters.get(name, 0.0) for name in _SUMS}
 
     def ask(self) -> dict[str, float]:
-        """The present state, and means over the views that were trained since the last means.
+        """The present state, and means and sums over the views trained since the last ones.
 
         Returns:
-            By name, see ``docs/monitoring.md``. The means are left out if no view was trained, and
+            By name, see ``docs/monitoring.md``. The latter are left out if no view was trained, and
             what is of a GPU, or of a cache, where there is none.
         """
         sums, now = self._read(), time.perf_counter()
@@ -64,6 +64,8 @@ class Monitor:
         means = {
             "visible_rows": since["rows"] / views,
             "hit_rate": 1 - since["rows_missed"] / max(1.0, since["rows"]),
+            "hits": since["rows"] - since["rows_missed"],  # a sum, as the next one
+            "misses": since["rows_missed"],
             "link_mb": since["link_bytes"] / views / 1e6,
             "link_gb_per_s": since["link_bytes"] / seconds / 1e9,
             "host_wait_ms": since["host_wait_s"] / views * 1e3,

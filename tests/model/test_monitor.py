@@ -47,6 +47,12 @@ def test_means_are_over_the_views_since_the_last_time():
     assert whole["visible_rows"] == pytest.approx(sum(rows) / 6)
     counters = engine.counters
     assert whole["hit_rate"] == pytest.approx(1 - counters["rows_missed"] / counters["rows"])
+    assert (whole["hits"] + whole["misses"], whole["misses"]) == (
+        sum(rows),
+        counters["rows_missed"],
+    )
+    of_both = [sum(answer[name] for answer in answers) for name in ("hits", "misses")]
+    assert of_both == [whole["hits"], whole["misses"]]
 
 
 def test_without_a_view_there_are_no_means():
