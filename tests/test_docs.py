@@ -48,6 +48,14 @@ def test_tests_exist():
     assert named - defined - {"test_filenames"} == set()  # a key of transforms.json
 
 
+def test_what_the_source_distribution_leaves_out():
+    said = (
+        PAGES["development.md"].split("source distribution\nleaves out")[1].split("(`sdist.ex")[0]
+    )
+    settings = (ROOT / "pyproject.toml").read_text().split("sdist.exclude = [")[1].split("]")[0]
+    assert re.findall("`(.+?)`", said) == re.findall('"(.+?)"', settings)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_exist(page):
     """By the end of their path, as in `engines/host.py`; those of users' data are not ours."""
