@@ -84,6 +84,7 @@ class GSScaleDatamanager(FullImageDatamanager):
     Attributes:
         row_centres: gives [n, 3] float32, the centres of some thousand rows; they tell which views
             overlap. Without it ``view_lookahead`` has no effect.
+        before_eval_image: called before each of all held-out images.
 
     Raises:
         GSScaleError: the data set cannot be loaded, or has cameras that cannot be rendered.
@@ -91,6 +92,7 @@ class GSScaleDatamanager(FullImageDatamanager):
 
     config: GSScaleDatamanagerConfig
     row_centres: Callable[[], np.ndarray] | None = None
+    before_eval_image: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self, config: GSScaleDatamanagerConfig, device: torch.device | str = "cpu", **kwargs: Any
@@ -323,7 +325,9 @@ class GSScaleDatamanager(FullImageDatamanager):
     @property
     def fixed_indices_eval_dataloader(self) -> EvalImages:  # type: ignore[override]
         """All held-out cameras and images, on the device one after the other."""
-        return EvalImages(self.eval_dataset.cameras, self.cached_eval, torch.device(self.device))
+        device = torch.device(self.device)
+        before_each = self.before_eval_image
+        return EvalImages(self.eval_dataset.cameras, self.cached_eval, device, before_each)
 
     @property
     def eval_dataloader(self) -> FixedIndicesEvalDataloader:

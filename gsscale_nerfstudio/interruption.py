@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,17 +21,17 @@ class Interruption:
     A context: outside of it, and in other threads than the main one, signals do what they did.
 
     Args:
-        between_steps: whether training waits for something else than a step, as when it is paused.
+        stop: called at the first signal, in the middle of anything.
     """
 
-    def __init__(self, between_steps: Callable[[], bool]) -> None:
-        self._between_steps = between_steps
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
         self._handlers: dict[int, Any] = {}
         self.signal: int | None = None
         """The number of the signal that came, if any."""
 
     def check(self) -> None:
-        """To be called between two steps.
+        """To be called where training may end: between two steps.
 
         Raises:
             Interrupted: there was a signal.
@@ -53,6 +54,10 @@ class Interruption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """From here on signals do what they did before."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
@@ -61,6 +66,6 @@ class Interruption:
         if again:
             raise KeyboardInterrupt
         # Not by print: the signal may have come in the middle of one.
-        os.write(2, b"\ngsscale: ending after this step (at once, if you ask again)\n")
-        if self._between_steps():
-            raise Interrupted
+        with suppress(OSError):  # it may have ended who reads it, too, as tee
+            os.write(2, b"\ngsscale: ending after this step (at once, if you ask again)\n")
+        self._stop()

@@ -86,6 +86,7 @@ class Circumstances:
     images: int
     images_bounded: bool = False
     gpu: Gpu | None = None
+    resumed: bool = False
 
     def view_at(self, rows: int) -> int:
         """Rows of the largest view when there are ``rows``, if it sees the same share of them."""
@@ -263,7 +264,7 @@ def _capacity(given: Circumstances, engine: type[HostEngine]) -> int:
 
 
 def _too_many(given: Circumstances, parts: dict[str, int]) -> GSScaleError:
-    flags, least = _smaller_rows(given)
+    flags, least, tried = _smaller_rows(given)
     rest = given.memory - (sum(parts.values()) - given.images)
     if rest > 0:
         remedy = f"lower --pipeline.datamanager.image-memory-gb to {rest / 2e9:.2g}"
@@ -275,29 +276,29 @@ def _too_many(given: Circumstances, parts: dict[str, int]) -> GSScaleError:
         if flags:
             remedy += f", or train with {flags}"
     else:
-        remedy = remedy_for_rows(flags, least)
+        remedy = remedy_for_rows(flags, least, tried)
     return GSScaleError(
         f"training the present {given.rows:,} Gaussians takes {_listed(parts)} of host memory, and "
         f"{_gb(given.memory)} are available (in a container, within its limit); {remedy}"
     )
 
 
-def _smaller_rows(given: Circumstances) -> tuple[str, int]:
-    """Flags with which the rows fit, none if they never do, and bytes with the last ones tried."""
-    least = 0
-    for layout, flags in given.layout.smaller():
+def _smaller_rows(given: Circumstances) -> tuple[str, int, str]:
+    """Flags with which the rows fit, or else the bytes that they take with the last flags tried."""
+    least, flags = 0, ""
+    for layout, flags in given.layout.smaller(with_bands=given.resumed):
         smaller = replace(given, layout=layout)
         try:
             _grown(smaller)
-            return flags, 0
+            return flags, 0, ""
         except _TooManyError as error:
             least = sum(error.parts.values())
         except GSScaleError:  # the present ones fit, and those wanted do not
             pass
         with suppress(GSScaleError):
             _, most = _grown(replace(smaller, wanted=None))
-            return f"{flags} --pipeline.model.max-gaussians {most}", 0
-    return "", least
+            return f"{flags} --pipeline.model.max-gaussians {most}", 0, ""
+    return "", least, flags
 
 
 # -- GPU -------------------------------------------------------------------------------------------
@@ -442,6 +443,7 @@ def measure(model: GSScaleModel, data: GSScaleDatamanager) -> Circumstances:
         images=images,
         images_bounded=placement.where == "disk",
         gpu=gpu,
+        resumed=engine.step_count > 0,
     )
 
 

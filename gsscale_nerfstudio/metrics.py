@@ -11,9 +11,9 @@ from pytorch_msssim import SSIM
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from gsscale_nerfstudio.errors import GSScaleError, warn
+from gsscale_nerfstudio.errors import warn
 from gsscale_nerfstudio.lpips import LazyLPIPS
-from gsscale_nerfstudio.out_of_memory import retried
+from gsscale_nerfstudio.out_of_memory import NoRoomError, retried
 
 T = TypeVar("T")
 
@@ -65,13 +65,13 @@ class ImageMetrics:
             give_back: lets the device have the memory that torch keeps for later.
 
         Raises:
-            GSScaleError: memory ran out on the CPU, too.
+            NoRoomError: memory ran out on the CPU, too.
         """
 
         def make_room(said: str, tries: int) -> None:
             nonlocal device
             if tries > 1:
-                raise GSScaleError(
+                raise NoRoomError(
                     f"neither GPU nor CPU have memory for an image's metrics ({said}); free host "
                     "memory, or evaluate smaller images (camera-res-scale-factor)"
                 )

@@ -14,6 +14,10 @@ from gsscale_nerfstudio.errors import GSScaleError
 T = TypeVar("T")
 
 
+class NoRoomError(GSScaleError):
+    """A render, or what is made of one, needs more memory than there is."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that GPU memory has run out.
 
@@ -85,7 +89,7 @@ def no_room_to_densify(error: RuntimeError) -> GSScaleError:
     )
 
 
-def no_room_left(said: str, rows: int, size: tuple[int, int]) -> GSScaleError:
+def no_room_left(said: str, rows: int, size: tuple[int, int]) -> NoRoomError:
     """The end: what is to be told when nothing can be given up any more.
 
     Args:
@@ -94,7 +98,7 @@ def no_room_left(said: str, rows: int, size: tuple[int, int]) -> GSScaleError:
         size: height and width of the view in pixels.
     """
     height, width = size
-    return GSScaleError(
+    return NoRoomError(
         f"the GPU's memory does not hold what a view of {width} x {height} pixels needs, in a "
         f"scene of {rows:,} Gaussians ({said}), and nothing is left that could be given up; use "
         "smaller images (--pipeline.datamanager.camera-res-scale-factor 0.5), fewer Gaussians "

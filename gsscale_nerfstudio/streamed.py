@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -34,7 +35,7 @@ def save(state: Any, path: Path) -> None:
         path: a file to be written.
 
     Raises:
-        OSError: the disk is full, or not writable.
+        OSError: the disk is full, or not writable, or there is no memory for copies.
     """
     # Where a file system cannot make room, glibc does, and reads what is there.
     with open(path, "w+b") as file:
@@ -48,9 +49,28 @@ def save(state: Any, path: Path) -> None:
                 os.posix_fallocate(file.fileno(), 0, file.tell())
                 _fill(places, state)
                 return
+            _require_memory(state)
             file.seek(0)
             file.truncate()
         torch.save(_changed(state, _on_its_own), file)
+
+
+def _require_memory(state: Any) -> None:
+    """Raise where copies of all tensors would have the process killed, which ends more than a save.
+
+    Raises:
+        OSError: they do not fit.
+    """
+    from gsscale_nerfstudio.store.memory import available_memory  # the store imports this module
+
+    sizes: list[int] = []
+    _changed(state, lambda tensor: sizes.append(tensor.nbytes))
+    if sum(sizes) > available_memory():
+        raise OSError(
+            errno.ENOMEM,
+            "the file system does not map files, and host memory has no room for copies of "
+            f"{sum(sizes) / 1e9:.1f} GB; choose an --output-dir on a local disk",
+        )
 
 
 def _mapped(path: Path) -> Any:

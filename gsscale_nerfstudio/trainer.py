@@ -21,6 +21,7 @@ from gsscale_nerfstudio.evaluation import leave_moments_on_disk
 from gsscale_nerfstudio.interruption import Interrupted, Interruption
 from gsscale_nerfstudio.optim import DeferredAdam
 from gsscale_nerfstudio.out_of_memory import (
+    NoRoomError,
     in_short,
     is_out_of_memory,
     no_room_left,
@@ -104,12 +105,13 @@ class GSScaleTrainer(Trainer):
         """The step of the newest checkpoint that the present run has written or loaded."""
         self._done = -1, 0
         """The last complete step, and the engine's count of steps after it."""
-        self._interruption = Interruption(lambda: self.training_state == "paused")
+        self._interruption = Interruption(self._leave_the_loop)
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         with readable_errors():
             require_device(self.device)
             super().setup(test_mode)
+        self.pipeline.datamanager.before_eval_image = self._interruption.check
 
     def train(self) -> None:
         if self._random_state is not None:
@@ -141,6 +143,19 @@ class GSScaleTrainer(Trainer):
                 unforeseen = not isinstance(error, GSScaleError)
                 self.save_before_the_end(keep_others=unforeseen, failed=True)
                 raise
+
+    def _leave_the_loop(self) -> None:
+        """Have Nerfstudio's loop, also where it waits as long as training is paused, left."""
+        self.stop_training = True
+
+    def _after_train(self) -> None:
+        self._interruption.check()  # the loop may have been left for it
+        super()._after_train()
+
+    def _train_complete_viewer(self) -> None:
+        self._interruption.check()  # while the last step was saved
+        self._interruption.end()  # Nerfstudio's viewer waits for Ctrl-C
+        super()._train_complete_viewer()
 
     def _tell_what_is_saved(self) -> None:
         """Print what a run that was interrupted leaves."""
@@ -196,6 +211,8 @@ class GSScaleTrainer(Trainer):
         evaluate = super().eval_iteration
         try:
             tried_again(lambda: evaluate(step), self.pipeline.model.engine.give_back)
+        except NoRoomError as error:
+            warn(f"no evaluation after step {step}: {error}")
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -320,6 +337,8 @@ class GSScaleTrainer(Trainer):
                     engine.abandon()
                 except GSScaleError:  # the worker's, perhaps the one at hand; it is told once
                     engine.abandon()
+            if engine.half_stepped:
+                raise RuntimeError("the error struck while Gaussians were being stepped")
             self._save(step, keep_others)
         except Exception as error:  # whatever it is, the one that ends training is what counts
             warn(f"the steps up to {step} could not be saved: {error}")

@@ -74,6 +74,8 @@ class Engine(ABC):
         self._stepped: dict[str, float] = {}
         self._settled = True
         self._under_way = False  # a view was begun whose rows are not stepped
+        self.half_stepped = False
+        """Rows are being stepped. With the worker at rest: an error has struck in the middle."""
         self.rows_changed()
 
     @contextmanager

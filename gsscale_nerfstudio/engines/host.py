@@ -234,7 +234,7 @@ class HostEngine(EditableEngine):
         """Step the rows that this view shares with the last one, and let the device read them."""
         # Waits until the device has read the last view's.
         rows = self._outgoing.rows(len(split.hot))
-        pending, self._pending = self._pending, None
+        pending = self._take_pending()
         if pending is None:  # finished in the meantime, for a render say
             self._gather(ids, rows, split.hot, self.history.tables)
             unpack(rows, self.store.layout, attributes, viewpoint, split.hot)
@@ -474,8 +474,15 @@ class HostEngine(EditableEngine):
         )
         self._last_lrs = lrs
 
-    def _finish_step(self) -> None:
+    def _take_pending(self) -> _PendingStep | None:
+        """The step that is pending, if any; the caller has its rows stepped now, all of them."""
         pending, self._pending = self._pending, None
+        if pending is not None:
+            self.half_stepped = True
+        return pending
+
+    def _finish_step(self) -> None:
+        pending = self._take_pending()
         if pending is not None:
             self._wait_for_gradients(pending)
             self._step_picked(pending)
@@ -504,6 +511,7 @@ class HostEngine(EditableEngine):
         """Let the culler know of a step, all rows of which have been stepped."""
         self.culler.refresh(len(self.store), pending.ids)
         self._visible.known_step = pending.step
+        self.half_stepped = False
 
     def _step_recorded(self) -> None:
         self._sizing.stepped()

@@ -396,6 +396,7 @@ class ResidentEngine(HostEngine):
         staging = self._returns.reserve(len(slots))
         self._tables.foresee(lrs)
         spheres = self._cache.step(slots, working, self._tables, lrs)
+        self.half_stepped = True  # the history does not know yet
         self._rows_done = mark_current(self.device)
         self._returns.send(self.step_count + 1, working.ids, spheres, self._rows_done, staging)
 
@@ -403,6 +404,7 @@ class ResidentEngine(HostEngine):
         super()._step_recorded()
         if self._fitted is not None:
             self._tables.record()
+            self.half_stepped = False
 
     def _take_spheres(self, wait_for_all: bool) -> None:
         """Let the culler know of the steps whose spheres have arrived."""

@@ -47,21 +47,19 @@ def locked_ahead(layout: RowLayout, rows: int) -> int:
     return 3 * pin_chunk(rows * layout.width * 4)
 
 
-def remedy_for_rows(flags: str, least: int = 0) -> str:
+def remedy_for_rows(flags: str, least: int = 0, tried: str = "") -> str:
     """What helps where host memory is too small for the rows.
 
     Args:
         flags: see :meth:`.RowLayout.smaller`; none if there are no such or they are not enough.
         least: bytes that are taken with the smallest rows; 0 if they cannot be smaller.
+        tried: the flags of these.
     """
     others = "free host memory, or begin with fewer points"
     if flags:
         return f"train with {flags}, {others}"
     if least:
-        return (
-            "even --pipeline.model.moment-dtype bfloat16 with --pipeline.model.sh-degree 0 is not "
-            f"enough ({least / 1e9:.2f} GB): {others}"
-        )
+        return f"even {tried} is not enough ({least / 1e9:.2f} GB): {others}"
     return others
 
 
@@ -252,13 +250,14 @@ class HostStore:
 
     def _remedy(self, n: int, memory: int) -> str:
         """Words for what would let ``n`` rows be trained, alone, in so many bytes of memory."""
-        least = 0
-        for layout, flags in self.layout.smaller():
+        # Rows may come from a checkpoint, whose bands they then have.
+        least, flags = 0, ""
+        for layout, flags in self.layout.smaller(with_bands=True):
             least = n * (layout.stored_bytes + layout.snapshot_bytes + PASSING_BYTES)
             least += locked_ahead(layout, n)
             if least <= memory:
                 return remedy_for_rows(f"{flags} (images come on top)")
-        return remedy_for_rows("", least)
+        return remedy_for_rows("", least, flags)
 
     def resize(self, n: int) -> None:
         """Set the number of rows in use. Added rows hold zeros.

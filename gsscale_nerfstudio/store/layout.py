@@ -119,13 +119,17 @@ class RowLayout:
     def _bytes(self, columns: int) -> int:
         return columns * (4 + 2 * self.moments.itemsize)
 
-    def smaller(self) -> Iterator[tuple[RowLayout, str]]:
-        """Layouts whose rows take less memory, and the flags for them; the least loss first."""
+    def smaller(self, with_bands: bool = False) -> Iterator[tuple[RowLayout, str]]:
+        """Layouts whose rows take less memory, and the flags for them; the least loss first.
+
+        Args:
+            with_bands: only those with as many SH bands, for rows that have them already.
+        """
         flags = []
         if not self.narrow:
             flags.append("--pipeline.model.moment-dtype bfloat16")
             yield replace(self, moments=torch.bfloat16), flags[0]
-        for degree in reversed(range(self.sh_degree)):
+        for degree in reversed(range(0 if with_bands else self.sh_degree)):
             layout = RowLayout(degree, self.moments if self.narrow else torch.bfloat16)
             yield layout, " ".join((*flags, f"--pipeline.model.sh-degree {degree}"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from nerfstudio.engine.trainer import Trainer
 
 from gsscale_nerfstudio import checkpoint, streamed
 from gsscale_nerfstudio.densify.strategy import RowStrategy
@@ -355,6 +356,95 @@ def test_a_signal_ends_a_pause(scene, tmp_path, monkeypatch, capsys):
     at_step(stopped, FAILS, pause, monkeypatch)
     assert interrupted(stopped) == 130
     assert f"to go on from step {FAILS} " in said(capsys)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_signal_ends_a_finished_training(scene, tmp_path, monkeypatch, capsys, late):
+    """Late: when the viewer is left on. Else while the last step is saved, which is done."""
+    config = config_of(scene, tmp_path)
+    config.viewer.quit_on_train_completion = False
+    stopped = set_up(config)
+    seen = []
+
+    def viewer(self: Trainer) -> None:
+        seen.append(late)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    save = checkpoint.save
+
+    def save_last(*args: Any, **kwargs: Any) -> None:
+        if not late:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", save_last)
+    monkeypatch.setattr(Trainer, "_train_complete_viewer", viewer)
+    assert interrupted(stopped) == 0
+    assert saved(stopped)["step"] == 2 * FAILS - 1 and seen == [True] * late
+
+
+def test_a_signal_ends_an_evaluation_between_images(scene, tmp_path, monkeypatch, capsys):
+    config = config_of(scene, tmp_path)
+    config.steps_per_eval_all_images = FAILS
+    stopped = set_up(config)
+    compute = stopped.pipeline.model.get_image_metrics_and_images
+    images = []
+
+    def one(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        images.append(stopped._done[0])
+        return compute(*args)
+
+    monkeypatch.setattr(stopped.pipeline.model, "get_image_metrics_and_images", one)
+    assert len(stopped.pipeline.datamanager.eval_dataset) > 1
+    assert interrupted(stopped) == 130
+    assert images == [FAILS] and saved(stopped)["step"] == FAILS
+
+
+def test_a_signal_whose_terminal_is_gone(scene, tmp_path, monkeypatch):
+    """Ctrl-C also ends what reads our output, as tee."""
+    stopped = set_up(config_of(scene, tmp_path))
+
+    def gone(*args: Any) -> int:
+        raise BrokenPipeError
+
+    def interrupt() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", gone)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(stopped, FAILS, interrupt, monkeypatch)
+    assert interrupted(stopped) == 130 and saved(stopped)["step"] == FAILS
+
+
+@pytest.mark.parametrize(
+    "engine, where",
+    [
+        ("host", "_step_picked"),
+        ("host", "_step_rest"),  # the worker's
+        ("host", "_step_recorded"),
+        ("resident", "_step_recorded"),
+    ],
+)
+def test_a_step_that_is_half_done_is_not_saved(scene, tmp_path, monkeypatch, capsys, engine, where):
+    """Rows are stepped while the next view is drawn: the error comes a step later."""
+    config = config_of(scene, tmp_path, engine=engine)
+    config.steps_per_save = 2
+    failing = set_up(config)
+    owner = failing.pipeline.model.engine
+    original = getattr(owner, where)
+
+    def fail(*args: Any) -> None:
+        if failing.step < FAILS:
+            return original(*args)
+        raise ValueError("unheard of")
+
+    monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(ValueError, match="unheard of"):
+        failing.train()
+    told = said(capsys)
+    assert "could not be saved: the error struck while Gaussians" in told or "saved" not in told
+    assert saved(failing)["step"] == FAILS - 2
 
 
 def test_a_signal_that_is_ignored_stays_so(scene, tmp_path, monkeypatch):

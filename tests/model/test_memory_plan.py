@@ -187,8 +187,8 @@ def with_flags(c, text):
         (22, 3, "train with --pipeline.model.moment-dtype bfloat16, free"),
         (17, 3, "train with --pipeline.model.moment-dtype bfloat16 --pipeline.model.sh-degree 2,"),
         (12, 3, "train with --pipeline.model.moment-dtype bfloat16 --pipeline.model.sh-degree 1,"),
-        (8, 3, "bfloat16 with --pipeline.model.sh-degree 0 is not enough ("),
-        (8, 0, "bfloat16 with --pipeline.model.sh-degree 0 is not enough ("),
+        (8, 3, "bfloat16 --pipeline.model.sh-degree 0 is not enough ("),
+        (8, 0, "even --pipeline.model.moment-dtype bfloat16 is not enough ("),
     ],
 )
 def test_flags_for_too_many_points_are_those_that_are_enough(memory, degree, named, monkeypatch):
@@ -200,6 +200,14 @@ def test_flags_for_too_many_points_are_those_that_are_enough(memory, degree, nam
         make_plan(with_flags(c, text))
     else:
         assert float(re.search(r"is not enough \(([\d.]+) GB\)", text)[1]) > memory
+
+
+def test_rows_of_a_checkpoint_keep_their_bands(monkeypatch):
+    """Another --pipeline.model.sh-degree is refused there."""
+    monkeypatch.setattr(layout, "STREAMS", True)
+    text = refusal(replace(CROWDED, memory=17 * GB, resumed=True))
+    assert "even --pipeline.model.moment-dtype bfloat16 is not enough" in text
+    assert "sh-degree" not in text
 
 
 def test_rows_that_cannot_be_smaller():

@@ -370,8 +370,7 @@ def test_rows_beyond_the_memory_are_refused(monkeypatch):
     "memory, named",
     [
         (750, "train with --pipeline.model.moment-dtype bfloat16 ("),
-        (500, "train with --pipeline.model.moment-dtype bfloat16 --pipeline.model.sh-degree 2 ("),
-        (270, "bfloat16 with --pipeline.model.sh-degree 0 is not enough"),
+        (500, "even --pipeline.model.moment-dtype bfloat16 is not enough (0.00 GB): free"),
     ],
 )
 def test_moments_that_do_not_fit_name_the_flags_with_which_rows_do(memory, named, monkeypatch):
