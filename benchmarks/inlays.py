@@ -104,7 +104,7 @@ def course(files: Files) -> TextTable:
 def best(files: Files) -> TextTable:
     """The evaluation with the highest PSNR of each run that was evaluated on its way."""
     columns = ["method", "PSNR", "SSIM", "MS-SSIM", "FLIP", "median of views"]
-    columns += ["Gaussians", "at step"]
+    columns += ["Gaussians", "at step", "file"]
     lines = []
     for file, report in files:
         for run in results.from_data(report, file).runs:
@@ -119,6 +119,7 @@ def best(files: Files) -> TextTable:
                     text(median(top["psnr_of_views"]), "{:.2f}"),
                     f"{top['gaussians']:,}",
                     f"{top['at_step']:,}",
+                    f"`{file}`",
                 ]
             )
     return TextTable(columns, lines)
