@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import gsscale_nerfstudio.model
@@ -15,7 +16,7 @@ from gsscale_nerfstudio.cull import Window
 from gsscale_nerfstudio.engines import ViewInParts, sizing
 from gsscale_nerfstudio.rasterize import rasterize
 from gsscale_nerfstudio.store import GROUPS
-from tests.runs import make_config, seeded, tiny_scene
+from tests.runs import edit_json, make_config, seeded, tiny_scene
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,32 @@ SETTINGS = {
     },
     "bilateral grid": {"use_bilateral_grid": True},
     "no SH": {"sh_degree": 0},
+    "masks, no absgrad": {"images": "masks", "use_absgrad": False},
+    "RGBA, random background": {"images": "RGBA", "background_color": "random"},
 }
+"""``images``: see :func:`scene_of`."""
+
+
+def scene_of(kind: str | None, folder: Path) -> Path:
+    """The tiny scene, with a mask for each image or with images that fade out."""
+    scene = tiny_scene(folder / "scene")
+
+    def change(transforms: dict[str, Any]) -> None:
+        for i, frame in enumerate(transforms["frames"]):
+            path = scene / frame["file_path"]
+            image = Image.open(path).convert("RGB")
+            if kind == "masks":
+                mask = Image.new("L", image.size, 255)
+                mask.paste(0, (5, i, 30, i + 20))
+                frame["mask_path"] = f"mask{i}.png"
+                mask.save(scene / frame["mask_path"])
+            else:
+                image.putalpha(Image.linear_gradient("L").resize(image.size))
+                frame["file_path"] = str(path.with_suffix(".png").relative_to(scene))
+                image.save(scene / frame["file_path"])
+
+    edit_json(scene, change)
+    return scene
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -80,6 +106,8 @@ def test_training_in_parts_is_training(scene, tmp_path, name, steps, bound):
     """The first step's moments are its gradients. Later on Adam, which divides a gradient by its
     size, makes much of the rounding of those that are almost 0."""
     settings = {"sh_degree_interval": 1, **SETTINGS[name]}
+    if kind := settings.pop("images", None):
+        scene = scene_of(kind, tmp_path)
     whole = trained(scene, tmp_path / "whole", None, steps, **settings)
     parts = trained(scene, tmp_path / "parts", 60, steps, **settings)
     assert set(whole.parts) == {1} and min(parts.parts) > 3
@@ -107,6 +135,8 @@ def test_a_trained_view_in_parts_has_the_loss_and_the_gradients_of_the_whole(sce
     for a round Gaussian: of nearly round ones it is rounding in the fifth place already.
     """
     settings = {"sh_degree_interval": 1, **SETTINGS[name]}
+    if kind := settings.pop("images", None):
+        scene = scene_of(kind, tmp_path)
 
     def config_of(folder: str, steps: int) -> Any:
         config = make_config(scene, tmp_path / folder, steps, engine="host", **settings)

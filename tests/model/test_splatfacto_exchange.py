@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nerfstudio.engine.trainer import Trainer
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.models.splatfacto import SplatfactoModel
 
 from gsscale_nerfstudio.model import GSScaleModel
@@ -88,3 +88,46 @@ def test_gaussians_alone_begin_with_fresh_moments(scene, tmp_path, capsys):
     assert not store.exp_avg[: len(store)].any() and not store.exp_avg_sq[: len(store)].any()
     trainer.train()
     assert (trainer.checkpoint_dir / "step-000000004.ckpt").exists()
+
+
+def _poses_and_grids(config: TrainerConfig) -> None:
+    config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+    config.pipeline.model.use_bilateral_grid = True
+
+
+def _no_bands(config: TrainerConfig) -> None:
+    config.pipeline.model.sh_degree = 0
+
+
+def _mcmc(config: TrainerConfig) -> None:
+    if hasattr(config.pipeline.model, "strategy"):
+        config.pipeline.model.strategy = "mcmc"
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("change", [_poses_and_grids, _no_bands, _mcmc])
+def test_what_is_beside_the_rows_goes_with_them(on_the_cpu, scene, tmp_path, change, back):
+    """Poses and grids with their moments, learning rates, schedules."""
+    makers = (splatfacto_config, make_config)[:: -1 if back else 1]
+    configs = [make(scene, tmp_path / str(i), steps=4 - i) for i, make in enumerate(makers)]
+    for config in configs:
+        change(config)
+    source = train(configs[0])
+    state = torch.load(source.checkpoint_dir / "step-000000003.ckpt")
+    configs[1].load_dir = source.checkpoint_dir
+    trainer = configs[1].setup()
+    trainer.setup()
+    loaded = trainer.pipeline.state_dict()
+    beside = [name for name in state["pipeline"] if "camera_opt" in name or "bil_grids" in name]
+    assert bool(beside) == (change is _poses_and_grids)
+    assert all(torch.equal(loaded[name], state["pipeline"][name]) for name in beside)
+    for name, optimizer in trainer.optimizers.optimizers.items():
+        before, now = state["optimizers"][name], optimizer.state_dict()
+        assert now["param_groups"][0]["lr"] == pytest.approx(before["param_groups"][0]["lr"])
+        assert now["state"][0]["step"] == before["state"][0]["step"] == 4
+        if name in ("camera_opt", "bilateral_grid"):
+            assert torch.equal(now["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+    for name, scheduler in trainer.optimizers.schedulers.items():
+        assert scheduler.last_epoch == state["schedulers"][name]["last_epoch"] == 4
+    trainer.train()
+    assert (trainer.checkpoint_dir / "step-000000006.ckpt").exists()
