@@ -424,6 +424,7 @@ def test_a_signal_whose_terminal_is_gone(scene, tmp_path, monkeypatch):
         ("host", "_step_rest"),  # the worker's
         ("host", "_step_recorded"),
         ("resident", "_step_recorded"),
+        ("resident", "_returns.send"),  # rows are stepped, and the history does not know
     ],
 )
 def test_a_step_that_is_half_done_is_not_saved(scene, tmp_path, monkeypatch, capsys, engine, where):
@@ -431,15 +432,17 @@ def test_a_step_that_is_half_done_is_not_saved(scene, tmp_path, monkeypatch, cap
     config = config_of(scene, tmp_path, engine=engine)
     config.steps_per_save = 2
     failing = set_up(config)
-    owner = failing.pipeline.model.engine
-    original = getattr(owner, where)
+    owner, (*parts, name) = failing.pipeline.model.engine, where.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
 
     def fail(*args: Any) -> None:
         if failing.step < FAILS:
             return original(*args)
         raise ValueError("unheard of")
 
-    monkeypatch.setattr(owner, where, fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(ValueError, match="unheard of"):
         failing.train()
     told = said(capsys)
