@@ -22,7 +22,12 @@ def test_all_of_it_is_on_the_page():
 
 @pytest.mark.parametrize("what", work_on_rows.WORK)
 def test_memory_beside_the_rows(what):
-    (beside,) = map(float, run_with_isa([work_on_rows.__file__, what], "avx512"))
+    beside = measured(what)
     if beside >= STATED[what]:  # on busy cores some MB come on top, now and then
-        (beside,) = map(float, run_with_isa([work_on_rows.__file__, what], "avx512"))
+        beside = measured(what)
     assert beside < STATED[what]
+
+
+def measured(what: str) -> float:
+    """Behind what the work itself may have to say."""
+    return float(run_with_isa([work_on_rows.__file__, what], "avx512")[-1])

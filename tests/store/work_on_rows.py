@@ -68,14 +68,17 @@ def engine_of(n: int) -> HostEngine:
 
 
 def refine(engine: HostEngine, grow: float = 0.0, prune: float = 0.0) -> None:
-    """Duplicate and split half of ``grow`` each; prune; all are shares of the rows."""
+    """Duplicate and split half of ``grow`` each; prune; all are shares of the rows.
+
+    There is room for half as many again.
+    """
     n = len(engine.store)
     engine.store.column("scales")[::2] = -1.0
     engine.store.column("opacities")[torch.rand(n) < prune] = -9.0
     RowStrategy(
         grow_grad2d=1 - grow, grow_scale3d=0.1, prune_scale3d=9.0, reset_every=3000, verbose=False
     ).refine(engine, STEP)
-    after = n * (1 - prune) * (1 + grow)
+    after = n * (1 - prune) * (1 + min(grow, 0.5))
     assert abs(len(engine.store) - after) < 0.01 * n
 
 
@@ -108,6 +111,7 @@ def export(engine: HostEngine) -> None:
 WORK = {
     "summary": lambda engine: engine.summarize(),
     "growing": lambda engine: refine(engine, grow=0.4),
+    "crowded": lambda engine: refine(engine, grow=0.9),
     "pruning": lambda engine: refine(engine, prune=0.3),
     "relocating": relocate,
     "reset": lambda engine: engine.limit_opacities(-1.0),
