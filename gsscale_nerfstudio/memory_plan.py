@@ -464,7 +464,7 @@ def show(plan: MemoryPlan, rows: int) -> None:
     table = Table(title="gsscale: memory plan, in GB", title_justify="left")
     table.add_column("")
     for heading in (
-        f"now, {rows:,} Gaussians", f"needed at {plan.capacity:,}", "available",
+        f"now, {rows:,} Gaussians", f"at most, {plan.capacity:,}", "available",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for side in filter(None, (plan.host, plan.gpu)):

@@ -130,6 +130,7 @@ class GSScalePipeline(VanillaPipeline):
             "engine": self.model.engine.resume_state(),
             "datamanager": self.datamanager.resume_state(),
             "strategy": self.model.config.strategy,
+            "images": [str(file) for file in self.datamanager.train_dataset.image_filenames],
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -137,6 +138,8 @@ class GSScalePipeline(VanillaPipeline):
         self.model.engine.resume(state["engine"])
         self.datamanager.resume(state["datamanager"])
         resuming.tell_other_strategy(state.get("strategy"), self.model.config.strategy)
+        held_out = self.datamanager.eval_dataset.image_filenames
+        resuming.tell_held_out_images(state.get("images"), held_out)
 
     def get_train_loss_dict(self, step: int) -> Any:
         again, self._again = self._again, False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import TrainerConfig
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ _MODULES = {
     "bilateral_grid": ("bilateral grids", "--pipeline.model.use-bilateral-grid True"),
 }
 """Groups of parameters that are not always there: what they are, and the flag that makes them."""
+
+_PLACEMENT = "dataparser_transforms.json"
 
 Gradients = dict[str, list[Tensor | None]]
 """By group, one for each of its parameters."""
@@ -118,6 +123,64 @@ def require_same_images(model: nn.Module, loaded: Mapping[str, Tensor]) -> None:
         shape = " ".join(str(size) for size in reversed(before.shape[2:]))  # the flag's order
         raise GSScaleError(
             f"the checkpoint's {what} are of another shape; add --pipeline.model.grid-shape {shape}"
+        )
+
+
+def tell_other_placement(path: Path, outputs: DataparserOutputs) -> None:
+    """Warn if the data do not lie where they lay in a checkpoint's run.
+
+    Nerfstudio moves and scales every data set, by what its dataparser's flags say, and writes down
+    how, beside the folder of checkpoints.
+
+    Args:
+        path: of the checkpoint.
+        outputs: of the present run's training images.
+    """
+    file = path.parent.parent / _PLACEMENT
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        moved = np.array(before["transform"], dtype=float)
+        scale = float(before["scale"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a checkpoint alone
+    now = outputs.dataparser_transform.double().numpy()
+    if moved.shape != now.shape or not (
+        np.allclose(moved, now, rtol=1e-4, atol=1e-4)
+        and np.isclose(scale, outputs.dataparser_scale, rtol=1e-4)
+    ):
+        warn(
+            f"the data are moved or scaled otherwise than in the checkpoint's run (scale "
+            f"{outputs.dataparser_scale:.4g}, there {scale:.4g}; {file}), so its Gaussians do not "
+            "lie where the cameras look. Unless you have added images and they lie nearly there, "
+            "give the data set, the dataparser and the dataparser's flags that the run had "
+            "(config.yml beside that file names them)"
+        )
+
+
+def tell_held_out_images(before: Sequence[str] | None, held_out: Sequence[Path]) -> None:
+    """Warn if images are held out now that the checkpoint's run has been trained with.
+
+    Args:
+        before: names of that run's training images; None in checkpoints of earlier versions.
+        held_out: files of the present run.
+    """
+    seen = len({str(file) for file in held_out}.intersection(before or ()))
+    if seen:
+        warn(
+            f"{seen:,} of the {len(held_out):,} images that are held out now are among those that "
+            "the checkpoint's run was trained with, so metrics will flatter; to have the split of "
+            "that run give its dataparser's flags and its --pipeline.datamanager.train-list and "
+            "eval-list"
+        )
+
+
+def tell_overwritten(config: TrainerConfig, folder: Path) -> None:
+    """Warn if a run that begins from nothing has checkpoints already, as with ``--load-config``."""
+    begins = config.load_dir is None and config.load_checkpoint is None
+    if begins and checkpoint.steps_in(folder):
+        warn(
+            f"this run begins anew, and will write over the checkpoints in {folder}; to go on from "
+            f"them give --load-dir {folder} instead"
         )
 
 

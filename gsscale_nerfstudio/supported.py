@@ -27,6 +27,16 @@ def require_device(device: str) -> None:
         )
 
 
+def require_one_process(count: int) -> None:
+    """Stop where Nerfstudio would train, or trains, in several processes.
+
+    Raises:
+        GSScaleError: there are more than one.
+    """
+    if count > 1:
+        raise GSScaleError("training on several GPUs is not supported; use --machine.num-devices 1")
+
+
 def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
     """Stop before the first step if a setting of the run cannot be honoured.
 
@@ -67,5 +77,4 @@ def refuse_unsupported(optimizers: Optimizers, trainer: Any) -> None:
             "mixed precision and gradient scaling are not supported (splatfacto trains in float32 "
             "too); remove --mixed-precision and --use-grad-scaler"
         )
-    if trainer.world_size > 1:
-        raise GSScaleError("training on several GPUs is not supported; use --machine.num-devices 1")
+    require_one_process(trainer.world_size)

@@ -31,7 +31,7 @@ from gsscale_nerfstudio.out_of_memory import (
 from gsscale_nerfstudio.pipeline import GSScalePipeline
 from gsscale_nerfstudio.random_state import random_state, restore_random_state
 from gsscale_nerfstudio.render_command import adapt_ns_render
-from gsscale_nerfstudio.supported import require_device
+from gsscale_nerfstudio.supported import require_device, require_one_process
 from gsscale_nerfstudio.undo import Undo
 
 RESUME = "gsscale"
@@ -48,6 +48,8 @@ class GSScaleTrainerConfig(TrainerConfig):
         """Write the run's ``config.yml``, the first file of it."""
         self._name_lists_as_data()
         with readable_errors():
+            # Here, because Nerfstudio starts the others next.
+            require_one_process(self.machine.num_devices * self.machine.num_machines)
             try:
                 super().save_config()
             except OSError as error:
@@ -130,6 +132,7 @@ class GSScaleTrainer(Trainer):
     def _train(self) -> None:
         """Train, and save what is done if that ends before its time."""
         self.pipeline.plan_memory()
+        resuming.tell_overwritten(self.config, self.checkpoint_dir)
         self._saved = self._start_step - 1
         self._done = self._saved, self.pipeline.model.engine.step_count
         with self._interruption:
@@ -166,7 +169,10 @@ class GSScaleTrainer(Trainer):
                 "(--steps-per-save) and at the end"
             )
         else:
+            rest = self._start_step + self.config.max_num_iterations - 1 - saved
             left = f"to go on from step {saved:,} give --load-dir {self.checkpoint_dir}"
+            if rest > 0:
+                left += f" --max-num-iterations {rest}, and the other flags as before"
         CONSOLE.print(f"gsscale: interrupted; {left}", markup=False, soft_wrap=True)
 
     def setup_optimizers(self) -> Optimizers:
@@ -247,6 +253,7 @@ class GSScaleTrainer(Trainer):
         checkpoint.remove_unfinished(path.parent.parent)
         state = checkpoint.load(path)
         resuming.require_groups(self.optimizers, state.get("optimizers", {}))
+        resuming.tell_other_placement(path, self.pipeline.datamanager.train_dataparser_outputs)
         self._start_step = state["step"] + 1
         self.pipeline.load_pipeline(state["pipeline"], state["step"])
         self.optimizers.load_optimizers(state.get("optimizers", {}))

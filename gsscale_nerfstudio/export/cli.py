@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,8 +115,9 @@ def write(
             for share in write_to(file, gaussians, color):
                 progress.update(bar, completed=share)
     except OSError as error:
+        remedy = "free disk space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise GSScaleError(
-            f"could not write {path}: {error}; free disk space or choose another --output"
+            f"could not write {path}: {error.strerror or error}; {remedy}choose another --output"
         ) from error
     return gaussians.count, gaussians.n
 

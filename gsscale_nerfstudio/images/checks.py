@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,10 @@ def explained(data: Any, *others: type[Exception]) -> Iterator[None]:
 def _remedy(folder: Path, error: Exception) -> str:
     """What to do about a data set that could not be loaded."""
     if not folder.exists():
-        return "check the folder that --data names, seen from the current one"
+        return (
+            "check the folder that --data names, seen from the current one (a run's config.yml "
+            "names it as --data did: call this command in the folder where it was trained)"
+        )
     if isinstance(error, FileNotFoundError) and "transforms.json" in str(error):
         # What nerfstudio-data begins with. Users of COLMAP forget that theirs is another format.
         for model in ("sparse/0", "colmap/sparse/0", "sparse", "."):
@@ -51,6 +55,14 @@ def _remedy(folder: Path, error: Exception) -> str:
         return (
             "check that --data names the folder of the scene, and name its format at the end of "
             "the command if it is another than nerfstudio-data (colmap, blender-data, ...)"
+        )
+    smaller = re.search(r"images_(\d+)", str(error))
+    if isinstance(error, FileNotFoundError) and smaller and not (folder / smaller[0]).exists():
+        return (
+            f"--downscale-factor {smaller[1]} reads images that were made smaller before, in "
+            f"{smaller[0]}; make them, or leave it out and give "
+            f"--pipeline.datamanager.camera-res-scale-factor {1 / int(smaller[1]):.3g}, before the "
+            "name of the data's format"
         )
     if isinstance(error, EOFError):
         return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +73,20 @@ def test_a_failure_leaves_the_old_file(run, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write(trained(50, 1), path, "sh")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.ply"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_file_that_cannot_be_written_is_named_with_what_helps(tmp_path, monkeypatch, code):
+    def fail(*args: object) -> list[float]:
+        raise OSError(code, os.strerror(code), str(tmp_path / ".a.ply.17"))
+
+    monkeypatch.setitem(cli._WRITERS, ".ply", fail)
+    with pytest.raises(GSScaleError) as told:
+        write(trained(50, 1), tmp_path / "a.ply", "sh")
+    said = str(told.value)
+    assert f"could not write {tmp_path / 'a.ply'}: {os.strerror(code)}; " in said
+    assert ("free disk space" in said) == (code == errno.ENOSPC)
+    assert "choose another --output" in said and ".a.ply" not in said
 
 
 def test_wrong_input_is_told(run, tmp_path: Path):

@@ -287,6 +287,85 @@ def test_ctrl_c_ends_the_viewer_of_a_finished_training(scene, tmp_path, capsys, 
     assert "to go on from step 2" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_is_left_to_train_is_named(scene, tmp_path, capsys, monkeypatch):
+    config = make_config(scene, tmp_path, steps=9)
+    config.steps_per_save = 2
+    one_step = GSScaleTrainer.train_iteration
+
+    def interrupted(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return one_step(self, step)
+
+    monkeypatch.setattr(GSScaleTrainer, "train_iteration", interrupted)
+    with pytest.raises(SystemExit):
+        train(config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{config.get_checkpoint_dir()} --max-num-iterations 4, and the other flags" in said
+
+
+def test_data_that_lie_elsewhere_are_told(scene, tmp_path, capsys):
+    """A flag of the dataparser was forgotten, say: Gaussians are beside what cameras see."""
+
+    def resume(**flags):
+        config = make_config(scene, tmp_path / "resumed", steps=1)
+        config.load_dir = trainer.checkpoint_dir
+        for name, value in flags.items():
+            setattr(config.pipeline.datamanager.dataparser, name, value)
+        capsys.readouterr()
+        train(config)
+        return " ".join(capsys.readouterr().out.split())
+
+    trainer = train(make_config(scene, tmp_path))
+    file = trainer.base_dir / "dataparser_transforms.json"
+    for flags in ({"scale_factor": 0.5}, {"center_method": "none"}):
+        said = resume(**flags)
+        assert "moved or scaled otherwise" in said and str(file) in said
+    assert "moved or scaled" not in resume()
+    file.unlink()
+    assert "moved or scaled" not in resume(scale_factor=0.5)  # nobody can tell
+
+
+def test_images_that_were_trained_and_are_held_out_now(scene, tmp_path, capsys):
+    trainer = train(make_config(scene, tmp_path))
+    held_out = {file.name for file in trainer.pipeline.datamanager.eval_dataset.image_filenames}
+    assert "metrics will flatter" not in capsys.readouterr().out
+    file = trainer.pipeline.datamanager.train_dataset.image_filenames[0]
+    (tmp_path / "eval.txt").write_text("\n".join([file.name, *held_out]))
+    again = make_config(scene, tmp_path, steps=1)
+    again.pipeline.datamanager.eval_list = tmp_path / "eval.txt"
+    again.load_dir = trainer.checkpoint_dir
+    train(again)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of the {1 + len(held_out)} images that are held out now" in said
+
+
+def test_several_processes_are_refused_before_they_are_there(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.machine.num_devices = 2
+    with pytest.raises(SystemExit):
+        config.save_config()  # what ns-train does before it starts them
+    assert "--machine.num-devices 1" in capsys.readouterr().out
+    assert not config.get_base_dir().exists()
+
+
+def test_a_run_that_begins_anew_among_its_checkpoints_says_so(scene, tmp_path, capsys):
+    """As ``ns-train --load-config`` does."""
+    config = make_config(scene, tmp_path)
+    trainer = train(config)
+    words = f"will write over the checkpoints in {trainer.checkpoint_dir}"
+    assert words not in " ".join(capsys.readouterr().out.split())
+    train(config)
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_smaller_images_that_are_not_there(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.pipeline.datamanager.dataparser.downscale_factor = 2
+    words = "made smaller before, in images_2", "camera-res-scale-factor 0.5"
+    ends_with_a_sentence(config, capsys, *words)
+
+
 def test_duplicate_points_have_a_size(scene, tmp_path):
     config = make_config(scene, tmp_path).pipeline.model
     store = seeded(config, (torch.ones(10, 3), torch.zeros(10, 3)))

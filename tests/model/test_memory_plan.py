@@ -336,7 +336,7 @@ def test_training_tells_the_plan_once(tmp_path, capsys, monkeypatch):
     trainer = train(make_config(scene, tmp_path, max_gaussians=5000))
     said = capsys.readouterr().out
     assert said.count("memory plan") == 1 and "no effect" not in said
-    assert "now, 300 Gaussians" in said and "needed at 5,000" in said
+    assert "now, 300 Gaussians" in said and "at most, 5,000" in said
     assert "host memory" in said and "GPU memory" not in said
     (c,) = given
     assert (c.rows, c.wanted, c.view_pixels, c.gpu) == (300, 5000, 64 * 48, None)
