@@ -146,7 +146,7 @@ class RowStrategy(DefaultStrategy):
             return
         candidates = duplicates | splits
         # Found where they are: an order of all candidates would take 20 bytes for each.
-        gradients = summary.gradient[candidates].numpy()
+        gradients = summary.gradient.numpy()[candidates.numpy()]
         gradients.partition(wanted - room - 1)
         limit = float(gradients[wanted - room - 1])
         weakest = candidates & (summary.gradient < limit)
