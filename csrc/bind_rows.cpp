@@ -1,5 +1,7 @@
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
@@ -14,7 +16,6 @@ namespace gsscale {
 namespace {
 
 using Columns = nb::ndarray<int32_t, nb::shape<9>, nb::c_contig, nb::device::cpu>;
-using Doubles1 = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Doubles2 = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Moments = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float or int16
 using GroupOf = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -54,16 +55,17 @@ struct Tables {
     Floats2 tail;
     Floats1 eps_scale, decay1, decay2, eps, reach;
     GroupOf group;
-    std::optional<Doubles1> noise_before;
+    std::optional<Doubles2> sums_before;
     std::vector<float> skip;  // [K + 1, width]: each group's values in each of its columns
     SkipTables raw;
 
     Tables(int64_t step, Doubles2 skip_, Floats2 tail_, Floats1 eps_scale_, Floats1 decay1_,
            Floats1 decay2_, Floats1 eps_, Floats1 reach_, GroupOf group_, double beta1,
-           double beta2, std::optional<Doubles1> noise_before_, double noise_now, float noise_rate,
-           float noise_room)
+           double beta2, std::optional<Doubles2> sums_before_, std::array<double, kSums> sums_now,
+           float noise_rate, float noise_room, float pull_scale, float pull_opacity,
+           float pull_reach)
         : tail(tail_), eps_scale(eps_scale_), decay1(decay1_), decay2(decay2_),
-          eps(eps_), reach(reach_), group(group_), noise_before(noise_before_) {
+          eps(eps_), reach(reach_), group(group_), sums_before(sums_before_) {
         const int64_t horizon = (int64_t)skip_.shape(0) - 1, width = (int64_t)group.shape(0);
         const int64_t n_groups = (int64_t)tail.shape(1);
         require(step >= 0, "step must not be negative");
@@ -78,15 +80,18 @@ struct Tables {
                 "eps, reach and group must have one entry per column");
         require((int64_t)eps_scale.shape(0) > step, "eps_scale must cover steps 0 .. step");
         require((int64_t)tail.shape(0) >= step - horizon, "tail must cover steps 0 .. step - K - 1");
-        require(!noise_before || (int64_t)noise_before->shape(0) >= step,
-                "noise_before must cover steps 0 .. step - 1");
+        require(!sums_before || ((int64_t)sums_before->shape(0) >= step &&
+                                 (int64_t)sums_before->shape(1) == kSums),
+                "sums_before must cover steps 0 .. step - 1");
         skip.resize((horizon + 1) * width);
         GSSCALE_DISPATCH(spread_groups, skip_.data(), horizon + 1, n_groups, group.data(), width,
                          skip.data());
         raw = {step,          horizon,       n_groups,   skip.data(),  tail.data(), eps_scale.data(),
                decay1.data(), decay2.data(), eps.data(), reach.data(), group.data(), beta1,
                beta2,
-               {noise_before ? noise_before->data() : nullptr, noise_now, noise_rate, noise_room}};
+               {sums_before ? sums_before->data() : nullptr, {sums_now[0], sums_now[1], sums_now[2]}},
+               {noise_rate, noise_room},
+               {pull_scale, pull_opacity, (float)(beta1 / (1.0 - beta1)), pull_reach}};
     }
 };
 
@@ -193,12 +198,15 @@ void bind_rows(nb::module_ &m) {
              nb::arg("spheres").noconvert().none(), nb::arg("columns").noconvert());
     nb::class_<Tables>(m, "SkipTables")
         .def(nb::init<int64_t, Doubles2, Floats2, Floats1, Floats1, Floats1, Floats1, Floats1,
-                      GroupOf, double, double, std::optional<Doubles1>, double, float, float>(),
+                      GroupOf, double, double, std::optional<Doubles2>, std::array<double, kSums>,
+                      float, float, float, float, float>(),
              nb::arg("step"), nb::arg("skip").noconvert(), nb::arg("tail").noconvert(), nb::arg("eps_scale").noconvert(),
              nb::arg("decay1").noconvert(), nb::arg("decay2").noconvert(), nb::arg("eps").noconvert(), nb::arg("reach").noconvert(),
              nb::arg("group").noconvert(), nb::arg("beta1"), nb::arg("beta2"),
-             nb::arg("noise_before").noconvert().none() = nb::none(), nb::arg("noise_now") = 0.0,
-             nb::arg("noise_rate") = 0.0f, nb::arg("noise_room") = 0.0f)
+             nb::arg("sums_before").noconvert().none() = nb::none(),
+             nb::arg("sums_now") = std::array<double, kSums>{}, nb::arg("noise_rate") = 0.0f,
+             nb::arg("noise_room") = 0.0f, nb::arg("pull_scale") = 0.0f,
+             nb::arg("pull_opacity") = 0.0f, nb::arg("pull_reach") = 0.0f)
         .def_prop_ro("step", [](const Tables &tables) { return tables.raw.step; });
     m.def("gather_settled", &gather, nb::arg("rows"), nb::arg("tables"), nb::arg("ids").noconvert(),
           nb::arg("out").noconvert(), nb::arg("pick").noconvert().none() = nb::none(),

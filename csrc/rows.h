@@ -26,12 +26,26 @@ struct RowStore {
     int32_t stamp, grad2d, count, max_radius, key;  // bookkeeping columns
 };
 
+// Sums over all steps up to one, for what moves every row at every step: of (noise rate lr_i)^2, and
+// of a_i = lr_i sqrt(1 - beta2^i) / (1 - beta1^i) for scales and for opacities.
+constexpr int kVarianceSum = 0, kScaleSum = 1, kOpacitySum = 2, kSums = 3;
+
+struct Sums {
+    const double *before;  // [>= t, 3]  up to s; null if nothing moves rows but gradients
+    double now[kSums];     // up to t
+};
+
 // Noise that each step i adds to means: rate * lr_i standard deviations; see kernels/noise.h.
 struct Noise {
-    const double *before;  // [>= t]  sum over i <= s of (rate lr_i)^2; null if there is no noise
-    double now;            // the same sum, up to t
-    float rate;
-    float room;            // bounding spheres hold for that many standard deviations
+    float rate;  // 0 if there is none
+    float room;  // bounding spheres hold for that many standard deviations
+};
+
+// Penalties whose gradient pulls at every row; see kernels/pull.h.
+struct Pull {
+    float scale, opacity;  // weight of exp(log-scale) and of opacity; 0 if there is none
+    float lag;             // beta1 / (1 - beta1)
+    float reach;           // over sqrt(v): how far skipped steps may take an opacity
 };
 
 // What Adam did in the steps that a row has skipped (DESIGN: deferred Adam). Current step: t.
@@ -48,7 +62,9 @@ struct SkipTables {
     const float *reach;       // [width]  bound of S(t, infinity): how far skipped steps can still go
     const int32_t *group;     // [width]  column -> group, n_groups for bookkeeping columns
     double beta1, beta2;
+    Sums sums;
     Noise noise;
+    Pull pull;
 };
 
 // One ordinary step t + 1 of torch.optim.Adam.

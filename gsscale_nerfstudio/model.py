@@ -85,6 +85,7 @@ class GSScaleModel(SplatfactoModel):
         self.engine = make_engine(config.engine, store, config.vram_budget_gb)
         if isinstance(self.strategy, RowMCMCStrategy):
             self.engine.noise = self.strategy.noise
+            self.engine.pull = self.strategy.pull
         self._monitor = Monitor(self.engine)
         self.shown_rows: int | None = None
         """Gaussians that the last rendered view may see; None if none was rendered."""

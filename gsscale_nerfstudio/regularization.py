@@ -1,7 +1,7 @@
 """Terms of the loss that are sums over Gaussians.
 
-splatfacto averages them over all Gaussians. Here each Gaussian has the same weight as there, but
-those outside of the view are left alone.
+splatfacto averages them over all Gaussians. Here each Gaussian has the same weight as there, and a
+loss has the terms of the view's. Those of strategy mcmc act on the others, too: see :class:`.Pull`.
 """
 
 from __future__ import annotations

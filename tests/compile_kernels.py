@@ -24,7 +24,7 @@ POINTERS = {
     **dict.fromkeys(["pixel_radii", "counts", "gaussians", "begins", "marked"], "*i32"),
     **dict.fromkeys(["in_squares", "in_tiles"], "*i32"),
     **dict.fromkeys(["order", "ends"], "*i64"),
-    "noise": "*fp64",
+    "sums": "*fp64",
     "squares": "*i16",
 }
 INTEGERS = {
@@ -51,6 +51,11 @@ FLOATS = {
     "l1_weight",
     "most",
     "room",
+    "scale_weight",
+    "opacity_weight",
+    "lag",
+    "v_decay",
+    "pull_reach",
     "ssim_weight",
 }
 ROWS = {
@@ -67,6 +72,7 @@ ROWS = {
     "MAX_RADIUS": 62,
     "KEY": 63,
     "NOISE": False,
+    "PULL": False,
     "ROWS": 16,
 }
 SLOTS = {
@@ -91,12 +97,12 @@ LOSS = {"ROWS": fused.TILE[0], "COLUMNS": fused.TILE[1]}
 KERNELS = [
     (kernels.exchange_rows, ROWS),
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": False}),
-    (kernels.gather_leaves, {**ROWS, "FROM_HOST": True, "NOISE": True}),
+    (kernels.gather_leaves, {**ROWS, "FROM_HOST": True, "NOISE": True, "PULL": True}),
     (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True}),
     (kernels.exchange_rows, {**ROWS, "NARROW": True}),
     (kernels.gather_leaves, {**ROWS, "FROM_HOST": True, "NARROW": True}),
-    (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True, "NARROW": True}),
-    (noise_kernels._draw, {**NOISE, "FROM_HOST": True, "DRAW_OWN": True}),
+    (kernels.settle_and_step_rows, {**ROWS, "HAS_STATISTICS": True, "NARROW": True, "PULL": True}),
+    (noise_kernels._draw, {**NOISE, "FROM_HOST": True, "DRAW_OWN": True, "PULL": True}),
     (noise_kernels._step, NOISE),
     (noise_kernels._step, {**NOISE, "NARROW": True}),
     (staging_kernels.pack_gradients, {**ROWS, "HAS_STATISTICS": True, "ADD": False}),

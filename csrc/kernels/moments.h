@@ -7,6 +7,7 @@
 // Like all of csrc/kernels, compiled once per instruction set.
 #pragma once
 
+#include <math.h>
 #include <string.h>
 
 #include "rows.h"
@@ -15,6 +16,11 @@ namespace gsscale {
 namespace GSSCALE_ISA {
 
 namespace {
+
+constexpr float kSmallestNormal = 1.17549435e-38f;
+
+// Denormals would never end decaying.
+inline float flush(float x) { return fabsf(x) < kSmallestNormal ? 0.0f : x; }
 
 inline float from_upper_half(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;

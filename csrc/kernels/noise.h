@@ -98,8 +98,8 @@ __attribute__((noinline)) void disturb(const RowStore &s, const Origin &from, ui
 }
 
 // Standard deviation of what steps stamp + 1 .. t have added up to, before Sigma and g.
-inline float deviation_since(const Noise &noise, int64_t stamp) {
-    return (float)sqrt(noise.now - noise.before[stamp]);
+inline float deviation_since(const SkipTables &t, int64_t stamp) {
+    return (float)sqrt(t.sums.now[kVarianceSum] - t.sums.before[kSums * stamp + kVarianceSum]);
 }
 
 // How far skipped steps may take the mean of a stored row, given the largest scale and the lowest

@@ -4,6 +4,7 @@
 
 #include "moments.h"
 #include "noise.h"
+#include "pull.h"
 
 #include <math.h>
 #include <omp.h>
@@ -14,7 +15,6 @@ namespace GSSCALE_ISA {
 
 namespace {
 
-constexpr float kSmallestNormal = 1.17549435e-38f;
 // Rows ahead whose cache lines are requested: a row is 12 lines (8 if narrow) in three arrays, too
 // scattered for the hardware prefetcher when ids have gaps.
 constexpr int64_t kAhead = 6;
@@ -63,8 +63,6 @@ inline Skip skip_of(const SkipTables &t, int64_t width, int64_t stamp, float *sc
     return skip;
 }
 
-inline float flush(float x) { return fabsf(x) < kSmallestNormal ? 0.0f : x; }
-
 inline void settle_row(const Skip &skip, const float *eps, int64_t width, float *__restrict__ w,
                        float *__restrict__ m, float *__restrict__ v) {
     const float *__restrict__ S = skip.S;
@@ -75,6 +73,17 @@ inline void settle_row(const Skip &skip, const float *eps, int64_t width, float 
         m[c] = flush(m[c] * d1);
         v[c] = flush(v[c] * d2);
     }
+}
+
+// What moves every row at every step, for the steps since `stamp` that a settled row has skipped: the
+// penalties' pull, then noise, by the size and opacity that are left. `origin` and `before` are of
+// the row as it was; moments may be null.
+inline void push_skipped(const RowStore &s, const SkipTables &t, int64_t stamp, const Skip &skip,
+                         const Origin &origin, const PulledMoments &before, float *w, float *m,
+                         float *v) {
+    if (t.pull.scale > 0.0f || t.pull.opacity > 0.0f)
+        pull_row(s, t, stamp, skip.d1, skip.d2, skip.f, before, w, m, v);
+    if (t.noise.rate > 0.0f) disturb(s, origin, kSkipped, deviation_since(t, stamp), w);
 }
 
 // Bounding sphere for the culler, wide enough for every step that may be skipped from here on:
@@ -99,10 +108,11 @@ inline void write_sphere(const RowStore &s, const SkipTables &t, int64_t row) {
         if (!(largest >= reached)) largest = largest != largest ? largest : reached;
     }
     float noise = 0.0f;
-    if (t.noise.before) {
+    if (t.noise.rate > 0.0f) {
         const int k = s.opacity;
         const float drop = t.reach[k] * m(k) / (root(k) + t.eps[k] * f);
-        noise = distance_to_come(s, t.noise, w, largest, drop > 0.0f ? w[k] - drop : w[k]);
+        const float lowest = w[k] - fmaxf(drop, 0.0f) - drop_to_come(t, moment(s, s.exp_avg_sq, at + k));
+        noise = distance_to_come(s, t.noise, w, largest, lowest);
     }
     float *sphere = s.spheres + row * 4;
     sphere[0] = w[s.mean];
@@ -175,8 +185,8 @@ void gather_settled(const RowStore &s, const SkipTables &t, const Selection &row
 #pragma omp simd
         for (int64_t c = 0; c < width; ++c)
             o[c] = w[c] - S[c] * m[c] / (sqrtf(v[c]) + eps[c] * skip.f);
-        if (t.noise.before)
-            disturb(s, origin_of(s, w), kSkipped, deviation_since(t.noise, stamp), o);
+        if (t.sums.before)
+            push_skipped(s, t, stamp, skip, origin_of(s, w), pulled_moments(s, v), o, nullptr, nullptr);
     }
 }
 
@@ -193,9 +203,10 @@ void settle_range(const RowStore &s, const SkipTables &t, int64_t begin, int64_t
         float m_scratch[kMaxWidth], v_scratch[kMaxWidth];
         float *m = moments_of(s, s.exp_avg, at, m_scratch);
         float *v = moments_of(s, s.exp_avg_sq, at, v_scratch);
+        const PulledMoments before = pulled_moments(s, v);
         settle_row(skip, t.eps, s.width, w, m, v);
+        if (t.sums.before) push_skipped(s, t, stamp, skip, origin, before, w, m, v);
         keep_moments(s, at, t.step, m, v);
-        if (t.noise.before) disturb(s, origin, kSkipped, deviation_since(t.noise, stamp), w);
         w[s.stamp] = (float)t.step;
     }
 }
@@ -216,8 +227,9 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
         if (stamp != t.step) {
             float scratch[kMaxWidth];
             const Skip skip = skip_of(t, width, stamp, scratch);
+            const PulledMoments before = pulled_moments(s, v);
             settle_row(skip, t.eps, width, w, m, v);
-            if (t.noise.before) disturb(s, origin, kSkipped, deviation_since(t.noise, stamp), w);
+            if (t.sums.before) push_skipped(s, t, stamp, skip, origin, before, w, m, v);
         }
         // The gradient row carries the view's densification statistics in the bookkeeping columns.
         float g[kMaxWidth];
@@ -238,7 +250,7 @@ void settle_and_step(const RowStore &s, const SkipTables &t, const AdamStep &a,
             v[c] = flush(vc);
         }
         keep_moments(s, at, t.step + 1, m, v);
-        if (t.noise.before) disturb(s, origin, kOwn, a.noise, w);
+        if (t.noise.rate > 0.0f) disturb(s, origin, kOwn, a.noise, w);
         w[s.stamp] = (float)(t.step + 1);
         if (forward) memcpy(forward + i * width, w, width * sizeof(float));
         if (s.spheres) write_sphere(s, t, row);

@@ -56,7 +56,8 @@ def make_strategy(config: GSScaleModelConfig, num_images: int) -> RowStrategy | 
             refine_every=config.refine_every,
             min_opacity=threshold,
             verbose=True,
-            epoch=num_images if config.mcmc_opacity_reg > 0 else 0,
+            opacity_reg=config.mcmc_opacity_reg,
+            scale_reg=config.mcmc_scale_reg,
         )
     reset_every = config.reset_alpha_every * config.refine_every
     return RowStrategy(

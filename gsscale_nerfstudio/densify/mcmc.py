@@ -15,10 +15,9 @@ from gsscale_nerfstudio.densify.room import RowRoom
 from gsscale_nerfstudio.densify.sampling import draw_rows
 from gsscale_nerfstudio.densify.strategy import EDIT_ROWS, SORT_FROM
 from gsscale_nerfstudio.engines.editing import EditableEngine
-from gsscale_nerfstudio.optim import MeanNoise
-from gsscale_nerfstudio.store import HostStore
+from gsscale_nerfstudio.optim import MeanNoise, Pull
 from gsscale_nerfstudio.store.chunks import chunks
-from gsscale_nerfstudio.store.edit import RowEdit, RowSummary, with_removed
+from gsscale_nerfstudio.store.edit import RowEdit, with_removed
 
 _GROWTH = 1.05
 """By so much a refinement grows the scene."""
@@ -28,18 +27,19 @@ _GROWTH = 1.05
 class RowMCMCStrategy(MCMCStrategy):
     """``gsplat.MCMCStrategy`` whose Gaussians are rows: same fields, same decisions.
 
-    The noise is the engine's, see :attr:`noise`. It leads rows out of their bounding spheres, which
-    have room for a refinement's interval: so all rows are settled and bounded anew at each of them,
-    and as often after the last one.
+    Noise is the engine's, see :attr:`noise`, as are the penalties of rows that no view shows, see
+    :attr:`pull`. Noise leads rows out of their bounding spheres, which have room for a refinement's
+    interval: so all rows are settled and bounded anew at each of them, and as often after the last
+    one.
 
     Unlike gsplat's, rows that were dead begin at their new place without moments, as their sources
     do, and do not go on by those of the place that they left.
     """
 
-    epoch: int = 0
-    """Steps in which each training image comes once. A row that none of them has seen since it was
-    made is dead, as it is in gsplat's strategy by then: there the regularization of opacities is
-    all that acts on it, here nothing does. 0 where there is no such regularization."""
+    opacity_reg: float = 0.0
+    """Weight of the mean opacity in the loss, which acts on rows that no view shows, too."""
+    scale_reg: float = 0.0
+    """Weight of the mean scale, likewise."""
     absgrad: ClassVar[bool] = False
     _room: RowRoom = field(default_factory=RowRoom)
 
@@ -50,13 +50,21 @@ class RowMCMCStrategy(MCMCStrategy):
             return None
         return MeanNoise(self.noise_lr, horizon=self.refine_every + 1)
 
+    @property
+    def pull(self) -> Pull | None:
+        """The penalties that every step has."""
+        if self.opacity_reg == 0 and self.scale_reg == 0:
+            return None
+        return Pull(self.opacity_reg, self.scale_reg, horizon=self.refine_every + 1)
+
     def wants_statistics(self, step: int) -> bool:
         """Whether decisions need to know where rows were seen at ``step``: never."""
         return False
 
     def changes_rows(self, step: int) -> bool:
         """Whether :meth:`refine` will do anything at ``step``."""
-        return self._refines(step) or (self.noise_lr > 0 and step % self.refine_every == 0)
+        moved = self.noise is not None or self.pull is not None
+        return self._refines(step) or (moved and step % self.refine_every == 0)
 
     def _refines(self, step: int) -> bool:
         return (
@@ -76,10 +84,7 @@ class RowMCMCStrategy(MCMCStrategy):
         engine.rows_changed()
         if not self._refines(step):
             return
-        summary = engine.summarize()
-        logits = summary.opacity
-        if self.epoch > 0:
-            self._bury_unseen(engine.store, summary)
+        logits = engine.summarize().opacity
         relocated = self._relocate(engine, logits)
         added = self._grow(engine, logits)
         if self.verbose:
@@ -87,20 +92,6 @@ class RowMCMCStrategy(MCMCStrategy):
             print(f"Step {step}: Added {added} GSs. Now having {len(engine.store)} GSs.")
         if engine.store.unsorted_share > SORT_FROM:
             engine.sort()
-
-    def _bury_unseen(self, store: HostStore, summary: RowSummary) -> None:
-        """Make rows dead that an epoch has not seen; ``summary.opacity`` follows.
-
-        For how many refinements a row was unseen is told by its largest radius, which this strategy
-        has no other use for.
-        """
-        opacity = store.layout.columns["opacities"].start
-        waited = store.bookkeeping("max_radius")
-        for rows in chunks(len(summary)):
-            unseen = store.exp_avg_sq[rows, opacity] == 0
-            waited[rows] = (summary.radius[rows] + 1) * unseen
-            long_ago = waited[rows] * self.refine_every >= self.epoch
-            summary.opacity[rows].masked_fill_(unseen & long_ago, -torch.inf)
 
     def _relocate(self, engine: EditableEngine, logits: Tensor) -> int:
         """Let dead rows become copies of others; ``logits`` [n] follows. Returns how many."""

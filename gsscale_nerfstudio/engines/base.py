@@ -25,7 +25,7 @@ from gsscale_nerfstudio.engines.visible import VisibleRows
 from gsscale_nerfstudio.engines.waits import LinkWaits
 from gsscale_nerfstudio.engines.working_set import WorkingSet
 from gsscale_nerfstudio.errors import GSScaleError
-from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam, MeanNoise
+from gsscale_nerfstudio.optim import AdamHistory, DeferredAdam, MeanNoise, Pull
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 
 
@@ -62,6 +62,8 @@ class Engine(ABC):
         )
         self.noise: MeanNoise | None = None
         """Added to means at every step; to be set before the optimizers are made."""
+        self.pull: Pull | None = None
+        """Penalties that every step has for every row, likewise."""
         self.current: WorkingSet | ViewInParts | None = None
         self.counters: defaultdict[str, float] = defaultdict(float)
         """Sums since the start: views, rows, seconds; see the engines."""
@@ -134,6 +136,8 @@ class Engine(ABC):
             eps={name: group["eps"] for name, group in groups.items()},
             betas=betas.pop(),
             noise=self.noise,
+            pull=self.pull,
+            count=self.store.__len__,
         )
         hand_over_quickly()
         if self.device.type == "cuda":
@@ -448,9 +452,9 @@ class Engine(ABC):
         """
         self._forget_announced()
         self.settle()
-        # From here on what keys decide, noise and rounding, is what it will be in a run that is
-        # resumed here.
-        if self.noise is not None:
+        # From here on sums and what keys decide, noise and rounding, are what they will be in a run
+        # that is resumed here.
+        if self.history.moves_all:
             self.history.all_settled()
         if self.noise is not None or self.store.layout.narrow:
             self.store.renew_keys()

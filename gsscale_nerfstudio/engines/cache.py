@@ -271,7 +271,7 @@ class RowCache:
         attributes = empty_attributes(layout, n, viewpoint, training)
         if n > 0:
             offsets = None
-            if tables.noise is not None:
+            if tables.history.noise is not None:
                 arrays, host = self._arrays, self._host_arrays
                 offsets, _ = draw_noise(arrays, host, slots, rows, layout, tables, own=False)
             with LAUNCH:
@@ -288,6 +288,7 @@ class RowCache:
                     NOISE=offsets is not None,
                     SLOPES=attributes["slopes"].numel() > 0,
                     STAMP=layout.bookkeeping["stamp"],
+                    **tables.pull(slots),
                     **tables.skipped_steps(),
                     **tile_of(layout, GATHER),
                 )
@@ -316,7 +317,7 @@ class RowCache:
         statistics = working.statistics() if working.statistics is not None else None
         norms, seen, radii = statistics if statistics is not None else (spheres,) * 3
         offsets = normals = None
-        if tables.noise is not None:
+        if tables.history.noise is not None:
             arrays, host = self._arrays, self._host_arrays
             offsets, normals = draw_noise(arrays, host, slots, None, layout, tables, own=True)
         # The launch is the last thing to be done: if there is no memory for what it needs, no row
@@ -343,6 +344,7 @@ class RowCache:
                 COUNT=columns["count"],
                 MAX_RADIUS=columns["max_radius"],
                 KEY=columns["key"],
+                **tables.pull(slots),
                 **tables.skipped_steps(),
                 **tables.adam_step(lrs),
                 **tile_of(layout, STEP),

@@ -26,6 +26,7 @@ from gsscale_nerfstudio.engines.color_kernels import (
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.leaf_kernels import load_leaves, store_leaves
 from gsscale_nerfstudio.engines.moment_kernels import load_moment, round_moments, store_moment
+from gsscale_nerfstudio.engines.pull_kernels import OPACITY_SUM, SCALE_SUM, pull_length, pulled
 from gsscale_nerfstudio.store import RowLayout
 
 RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -164,6 +165,19 @@ def _skip(
     return s_near + s_far, f, d1, d2
 
 
+@triton.jit
+def _pulled(
+    w, v, column, since, step, eps_f, d1, d2, sums, scale_weight, opacity_weight, lag, v_decay
+):  # fmt: skip
+    """See :func:`.pulled`, for a tile of settled rows; elements of other groups are left alone."""
+    is_scale = (column >= 3) & (column < 6)
+    weight = tl.where(is_scale, scale_weight, tl.where(column == 10, opacity_weight, 0.0))
+    of_scales = pull_length(sums, since, step, d1, lag, SCALE_SUM)[:, None]
+    of_opacities = pull_length(sums, since, step, d1, lag, OPACITY_SUM)[:, None]
+    length = tl.where(is_scale, of_scales, of_opacities)
+    return pulled(w, v, length, is_scale, weight, eps_f, d1[:, None], d2[:, None], v_decay)
+
+
 @triton.jit(do_not_specialize=["n", "step", "bands_end"])
 def gather_leaves(
     cache_w,
@@ -192,11 +206,17 @@ def gather_leaves(
     decay,
     log2_beta1,
     log2_beta2,
+    sums,
+    scale_weight,
+    opacity_weight,
+    lag,
+    v_decay,
     step,
     n,
     FROM_HOST: tl.constexpr,
     SLOPES: tl.constexpr,
     NOISE: tl.constexpr,
+    PULL: tl.constexpr,
     STAMP: tl.constexpr,
     DEGREE: tl.constexpr,
     SH: tl.constexpr,
@@ -232,7 +252,7 @@ def gather_leaves(
     behind = (since < step)[:, None]
     group = tl.load(group_of + column, mask=inside, other=0)
     eps = tl.load(eps_of + column, mask=inside, other=1.0)
-    s, f, _, _ = _skip(
+    s, f, d1, d2 = _skip(
         since,
         step,
         column,
@@ -254,6 +274,11 @@ def gather_leaves(
         v += load_moment(host_v + there, fetch & behind)
     # As the host rounds: a row looks the same, bit by bit, wherever it is settled to be looked at.
     w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
+    if PULL:
+        w, _m, _v = _pulled(
+            w, v, column, since, step, eps * f[:, None], d1, d2, sums, scale_weight,
+            opacity_weight, lag, v_decay,
+        )  # fmt: skip
     if NOISE:
         means_at = i[:, None].to(tl.int64) * 3 + column
         w += tl.load(offsets + means_at, mask=live[:, None] & (column < 3), other=0.0)
@@ -297,10 +322,16 @@ def settle_and_step_rows(
     beta2,
     one_minus_beta2,
     inv_sqrt_bias2,
+    sums,
+    scale_weight,
+    opacity_weight,
+    lag,
+    v_decay,
     step,
     n,
     HAS_STATISTICS: tl.constexpr,
     NOISE: tl.constexpr,
+    PULL: tl.constexpr,
     STAMP: tl.constexpr,
     GRAD2D: tl.constexpr,
     COUNT: tl.constexpr,
@@ -348,8 +379,16 @@ def settle_and_step_rows(
         GROUPS,
     )
     w -= quotient(s * m, root(v) + eps * f[:, None])
+    before = v
     m *= d1[:, None]
     v *= d2[:, None]
+    if PULL:
+        w, more_m, more_v = _pulled(
+            w, before, column, stamp, step, eps * f[:, None], d1, d2, sums, scale_weight,
+            opacity_weight, lag, v_decay,
+        )  # fmt: skip
+        m += more_m
+        v += more_v
 
     row_of = i.to(tl.int64)
     row = row_of[:, None]

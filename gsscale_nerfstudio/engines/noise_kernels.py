@@ -19,6 +19,14 @@ from torch import Tensor
 
 from gsscale_nerfstudio.engines.kernels import LAUNCH
 from gsscale_nerfstudio.engines.moment_kernels import load_moment
+from gsscale_nerfstudio.engines.pull_kernels import (
+    OPACITY_SUM,
+    SCALE_SUM,
+    VARIANCE_SUM,
+    pull_length,
+    pulled,
+    sum_since,
+)
 from gsscale_nerfstudio.engines.slot_kernels import SLOTS, Arrays, settled_element
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import GROUPS, RowLayout
@@ -89,7 +97,7 @@ def _settled(
     w, m, v, at, host_w, host_m, host_v, there, cached, absent, group, column, since, step, eps_of,
     skip, tail, eps_scale, FROM_HOST: tl.constexpr, HORIZON: tl.constexpr, N_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """An element of each row as it would be if the row were settled, but for noise."""
+    """An element of each row as it would be if the row were settled, but for noise and pull."""
     eps = tl.load(eps_of + column)
     value = settled_element(
         w, m, v, at + column, cached, group, since, step, eps, skip, tail, eps_scale, HORIZON,
@@ -103,12 +111,27 @@ def _settled(
     return value
 
 
+@triton.jit
+def _pulled_at(
+    value, v, at, host_v, there, cached, absent, column, length, is_scale, weight, eps_of, f, d1,
+    d2, v_decay, FROM_HOST: tl.constexpr,
+):  # fmt: skip
+    """A settled element of each row, pulled at."""
+    second = load_moment(v + at + column, cached)
+    if FROM_HOST:
+        second += load_moment(host_v + there + column, absent)
+    eps_f = tl.load(eps_of + column) * f
+    value, _m, _v = pulled(value, second, length, is_scale, weight, eps_f, d1, d2, v_decay)
+    return value
+
+
 @triton.jit(do_not_specialize=["n", "step"])
 def _draw(
     w, m, v, host_w, host_m, host_v, slots, rows, offsets, own, skip, tail, eps_scale, eps_of,
-    noise, step, n,
-    FROM_HOST: tl.constexpr, DRAW_OWN: tl.constexpr, STAMP: tl.constexpr, KEY: tl.constexpr,
-    HORIZON: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    sums, scale_weight, opacity_weight, lag, v_decay, log2_beta1, log2_beta2, step, n,
+    FROM_HOST: tl.constexpr, DRAW_OWN: tl.constexpr, PULL: tl.constexpr, STAMP: tl.constexpr,
+    KEY: tl.constexpr, HORIZON: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = i < n
@@ -158,15 +181,36 @@ def _draw(
         w, m, v, at, host_w, host_m, host_v, there, cached, absent, _OPACITIES, 10, since, step,
         eps_of, skip, tail, eps_scale, FROM_HOST, HORIZON, N_GROUPS,
     )  # fmt: skip
-    variance = tl.load(noise + step) - tl.load(noise + since)
-    d0, d1, d2 = _offset(
-        s0, s1, s2, tl.where(live, q0, 1.0), q1, q2, q3, logit, z0, z1, z2,
-        tl.sqrt(variance.to(tl.float32)),
-    )  # fmt: skip
+    if PULL:
+        gap = (step - since).to(tl.float32)
+        decay1, decay2 = tl.exp2(gap * log2_beta1), tl.exp2(gap * log2_beta2)
+        f = tl.load(eps_scale + since)
+        length = pull_length(sums, since, step, decay1, lag, SCALE_SUM)
+        s0 = _pulled_at(
+            s0, v, at, host_v, there, cached, absent, 3, length, live, scale_weight, eps_of, f,
+            decay1, decay2, v_decay, FROM_HOST,
+        )  # fmt: skip
+        s1 = _pulled_at(
+            s1, v, at, host_v, there, cached, absent, 4, length, live, scale_weight, eps_of, f,
+            decay1, decay2, v_decay, FROM_HOST,
+        )  # fmt: skip
+        s2 = _pulled_at(
+            s2, v, at, host_v, there, cached, absent, 5, length, live, scale_weight, eps_of, f,
+            decay1, decay2, v_decay, FROM_HOST,
+        )  # fmt: skip
+        length = pull_length(sums, since, step, decay1, lag, OPACITY_SUM)
+        logit = _pulled_at(
+            logit, v, at, host_v, there, cached, absent, 10, length, live & False, opacity_weight,
+            eps_of, f, decay1, decay2, v_decay, FROM_HOST,
+        )  # fmt: skip
+    variance = sum_since(sums, since, step, VARIANCE_SUM)
+    o0, o1, o2 = _offset(
+        s0, s1, s2, tl.where(live, q0, 1.0), q1, q2, q3, logit, z0, z1, z2, tl.sqrt(variance)
+    )
     out = i.to(tl.int64) * 3
-    tl.store(offsets + out, d0, mask=live)
-    tl.store(offsets + out + 1, d1, mask=live)
-    tl.store(offsets + out + 2, d2, mask=live)
+    tl.store(offsets + out, o0, mask=live)
+    tl.store(offsets + out + 1, o1, mask=live)
+    tl.store(offsets + out + 2, o2, mask=live)
     if DRAW_OWN:
         o0, o1, o2 = _normals(x, y, z, stamp, key, _OWN)
         tl.store(own + out, o0, mask=live)
@@ -187,7 +231,7 @@ def _reached(w, m, v, at, live, column, reach_of, eps_of, now):
 
 @triton.jit(do_not_specialize=["n", "step"])
 def _step(
-    w, m, v, slots, own, spheres, eps_scale, eps_of, reach_of, deviation, room, step, n,
+    w, m, v, slots, own, spheres, eps_scale, eps_of, reach_of, deviation, room, pull_reach, step, n,
     KEY: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -198,6 +242,8 @@ def _step(
     s1, up1, _1 = _reached(w, m, v, at, live, 4, reach_of, eps_of, now)
     s2, up2, _2 = _reached(w, m, v, at, live, 5, reach_of, eps_of, now)
     logit, _3, lowest = _reached(w, m, v, at, live, 10, reach_of, eps_of, now)
+    if pull_reach > 0:
+        lowest -= pull_reach / tl.sqrt(load_moment(v + at + 10, live))
     q0 = tl.load(w + at + 6, mask=live, other=1.0)
     q1 = tl.load(w + at + 7, mask=live, other=0.0)
     q2 = tl.load(w + at + 8, mask=live, other=0.0)
@@ -257,8 +303,8 @@ def draw_noise(
     with LAUNCH:
         _draw[(triton.cdiv(n, SLOTS),)](
             *arrays, *host_arrays, slots, slots if rows is None else rows, offsets, normals,
-            tables.skip, tables.tail, tables.eps_scale, tables.eps, tables.noise,
-            tables.history.step, n, FROM_HOST=rows is not None, DRAW_OWN=own,
+            tables.skip, tables.tail, tables.eps_scale, tables.eps, step=tables.history.step, n=n,
+            **tables.pull(slots), **tables.decays(), FROM_HOST=rows is not None, DRAW_OWN=own,
             STAMP=layout.bookkeeping["stamp"], HORIZON=tables.history.horizon,
             N_GROUPS=tables.skip.shape[1], **_constants(layout),
         )  # fmt: skip
@@ -290,7 +336,8 @@ def step_noise(
     with LAUNCH:
         _step[(triton.cdiv(n, SLOTS),)](
             *arrays, slots, normals, spheres, tables.eps_scale, tables.eps, tables.reach,
-            history.noise.variance(lrs) ** 0.5, history.noise_room, history.step, n,
+            history.noise.variance(lrs) ** 0.5, history.noise_room, history.pull_reach,
+            history.step, n,
             **_constants(layout),
         )  # fmt: skip
 

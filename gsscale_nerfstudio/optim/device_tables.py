@@ -31,7 +31,7 @@ class DeviceTables:
         tail: [steps, 8] float32, S(s, s + K).
         eps_scale: [steps] float32.
         decay: [K + 1, 2] float32, beta1^k and beta2^k.
-        noise: [steps] float64, see :meth:`.AdamHistory.noise_sums`; None if there is no noise.
+        sums: [steps, SUMS] float64, see :meth:`.AdamHistory.sums`; None if nothing moves all rows.
         group, eps, reach: [width] per column; group is int32.
     """
 
@@ -55,9 +55,9 @@ class DeviceTables:
         self.tail[: len(known), : len(GROUPS)] = self._upload(known)
         self.eps_scale = self._upload(self.history.eps_factors(steps))
         self.skip = self._upload(self._padded(self.history.skip))
-        self.noise: Tensor | None = None
-        if self.history.noise is not None:
-            self.noise = self._upload(self.history.noise_sums(steps))
+        self.sums: Tensor | None = None
+        if self.history.moves_all:
+            self.sums = self._upload(self.history.sums(steps))
 
     def foresee(self, lrs: np.ndarray) -> None:
         """Take the memory that :meth:`record` needs when a step with these learning rates is done.
@@ -80,16 +80,17 @@ class DeviceTables:
             # What falls off the end of the table of gaps is S(s, s + K) of that step.
             self.tail[dropped].copy_(self.skip[-1])
         self.skip = self._next_skip
-        self._note_noise()
+        self._note_sums()
 
-    def _note_noise(self) -> None:
-        if self.noise is not None:
-            self.noise[self.history.step].fill_(self.history.noise_now)
+    def _note_sums(self) -> None:
+        if self.sums is not None:
+            now = torch.from_numpy(self.history.sums_now)
+            self.sums[self.history.step].copy_(now, non_blocking=True)
 
     def rebound(self) -> None:
         """Take over new bounds of future motion; no kernel is at work. Takes no memory."""
         self.reach.copy_(torch.from_numpy(self.history.reach), non_blocking=True)
-        self._note_noise()  # all rows may have been settled
+        self._note_sums()  # all rows may have been settled
 
     def adam_step(self, lrs: np.ndarray) -> dict[str, Any]:
         """What ordinary Adam needs for step t + 1: arguments of ``settle_and_step_rows``."""
@@ -113,11 +114,34 @@ class DeviceTables:
             "tail": self.tail,
             "eps_scale": self.eps_scale,
             "decay": self.decay,
-            "log2_beta1": math.log2(self.history.beta1) if self.history.beta1 > 0 else -1e4,
-            "log2_beta2": math.log2(self.history.beta2),
+            **self.decays(),
             "step": self.history.step,
             "HORIZON": self.history.horizon,
             "GROUPS": GROUP_STRIDE,
+        }
+
+    def decays(self) -> dict[str, float]:
+        """Logarithms of what moments decay by."""
+        beta1, beta2 = self.history.beta1, self.history.beta2
+        return {
+            "log2_beta1": math.log2(beta1) if beta1 > 0 else -1e4,
+            "log2_beta2": math.log2(beta2),
+        }
+
+    def pull(self, otherwise: Tensor) -> dict[str, Any]:
+        """What kernels need to pull at rows by penalties; ``otherwise`` stands for the sums.
+
+        Weights change when rows come or go.
+        """
+        history = self.history
+        scale, opacity = history.pull_weights
+        return {
+            "sums": otherwise if self.sums is None else self.sums,
+            "scale_weight": scale,
+            "opacity_weight": opacity,
+            "lag": history.beta1 / (1 - history.beta1),
+            "v_decay": history.beta2,
+            "PULL": history.pull is not None,
         }
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,18 @@ import numpy as np
 from gsscale_nerfstudio import _C
 from gsscale_nerfstudio.errors import GSScaleError
 from gsscale_nerfstudio.optim.noise import MeanNoise
+from gsscale_nerfstudio.optim.pull import Pull
 from gsscale_nerfstudio.store.layout import GROUPS, RowLayout
 
 _NEGLIGIBLE = 1e-12
 """Skipped terms smaller than this share of the first one are dropped (float32 holds 6e-8)."""
 
 _LONGEST_HORIZON = 4096
+
+SUMS = 3
+"""Of what moves all rows at every step: variances of noise, a_i of scales, a_i of opacities."""
+
+_PULLED = [GROUPS.index("scales"), GROUPS.index("opacities")]
 
 
 @dataclass
@@ -28,7 +34,7 @@ class _Moment:
     lr: np.ndarray
     skip: np.ndarray
     lr_bound: np.ndarray
-    noise: float
+    sums: np.ndarray
     tables: _C.SkipTables | None = None
 
 
@@ -59,6 +65,8 @@ class AdamHistory:
         eps: eps of each group, > 0.
         betas: Adam's decay rates, the same for all groups.
         noise: what every step adds to means; None for nothing.
+        pull: penalties that every step has; None for none.
+        count: number of all rows, at present; for ``pull``.
 
     Raises:
         GSScaleError: betas or eps for which the closed form does not hold.
@@ -71,9 +79,11 @@ class AdamHistory:
         eps: Mapping[str, float],
         betas: tuple[float, float] = (0.9, 0.999),
         noise: MeanNoise | None = None,
+        pull: Pull | None = None,
+        count: Callable[[], int] = lambda: 1,
     ) -> None:
         self.layout = layout
-        self.noise = noise
+        self.noise, self.pull, self._count = noise, pull, count
         self.beta1, self.beta2 = betas
         ratio = self.beta1 / math.sqrt(self.beta2)
         self.horizon = _horizon(ratio)
@@ -94,8 +104,8 @@ class AdamHistory:
         self._tail = np.zeros((1024, len(GROUPS)), dtype=np.float32)
         self._eps_scale = np.zeros(1024, dtype=np.float32)
         self._eps_scale[0] = self._eps_factor(0)
-        self._noise_now = 0.0  # sum of the variances of all steps since rows were last all settled
-        self._noise_before = np.zeros(1024)
+        self._sums_now = np.zeros(SUMS)  # over all steps since rows were last all settled
+        self._sums_before = np.zeros((1024, SUMS))
         steps = np.arange(self.horizon + 1)
         self._decay1 = (self.beta1**steps).astype(np.float32)
         self._decay2 = (self.beta2**steps).astype(np.float32)
@@ -128,7 +138,7 @@ class AdamHistory:
         after = self._after(lr)
         outgrown = after.lr_bound is not self._lr_bound
         self.step, self._skip, self._lr_bound = after.step, after.skip, after.lr_bound
-        self._noise_now = after.noise
+        self._sums_now = after.sums
         self._tables, self._next = after.tables, None
         return outgrown
 
@@ -153,15 +163,15 @@ class AdamHistory:
         if t >= len(self._tail):
             self._tail = np.concatenate([self._tail, np.zeros_like(self._tail)])
             self._eps_scale = np.concatenate([self._eps_scale, np.zeros_like(self._eps_scale)])
-            self._noise_before = np.concatenate(
-                [self._noise_before, np.zeros_like(self._noise_before)]
+            self._sums_before = np.concatenate(
+                [self._sums_before, np.zeros_like(self._sums_before)]
             )
         # Tables of earlier steps share these arrays but read none of the entries, and they are the
         # same whatever `lr` is: they can be written before the step is taken.
         if t > self.horizon:
             self._tail[t - 1 - self.horizon] = self._skip[-1]
         self._eps_scale[t] = self._eps_factor(t)
-        self._noise_before[t - 1] = self._noise_now
+        self._sums_before[t - 1] = self._sums_now
         a = lr * math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
         skip = np.zeros_like(self._skip)
         np.multiply(self._power[1:, None], a, out=skip[1:])
@@ -171,8 +181,9 @@ class AdamHistory:
         if outgrown.any():
             # Room to grow, or a warm-up would force a refresh at every step.
             lr_bound = np.where(outgrown, 2 * lr, lr_bound)
-        noise = self._noise_now + (self.noise.variance(lr) if self.noise else 0.0)
-        self._next = _Moment(t, np.array(lr), skip, lr_bound, noise)
+        variance = self.noise.variance(lr) if self.noise else 0.0
+        sums = self._sums_now + np.array([variance, *a[_PULLED]])
+        self._next = _Moment(t, np.array(lr), skip, lr_bound, sums)
         return self._next
 
     def rebound(self, lr: np.ndarray) -> None:
@@ -181,27 +192,47 @@ class AdamHistory:
         self._tables = self._next = None
 
     def all_settled(self) -> None:
-        """All rows are current: noise of the steps so far will not be asked for any more.
+        """All rows are current: nobody will ask any more what the steps so far add to them.
 
         What follows does not depend on when it began then, not even by rounding.
         """
-        self._noise_now = 0.0
+        self._sums_now = np.zeros(SUMS)
         self._tables = self._next = None
 
-    def noise_sums(self, steps: int) -> np.ndarray:
-        """[steps] float64, more than t: variances of all steps up to s added up, 0 from t + 1 on.
+    @property
+    def moves_all(self) -> bool:
+        """Whether every step moves every row, by noise or by a pull."""
+        return self.noise is not None or self.pull is not None
+
+    def sums(self, steps: int) -> np.ndarray:
+        """[steps, SUMS] float64, more than t: over all steps up to s, 0 from t + 1 on.
 
         Entries of steps before rows were last all settled mean nothing.
         """
-        sums = np.zeros(steps)
-        sums[: self.step] = self._noise_before[: self.step]
-        sums[self.step] = self._noise_now
+        sums = np.zeros((steps, SUMS))
+        sums[: self.step] = self._sums_before[: self.step]
+        sums[self.step] = self._sums_now
         return sums
 
     @property
-    def noise_now(self) -> float:
-        """The last of :meth:`noise_sums` that is known."""
-        return self._noise_now
+    def sums_now(self) -> np.ndarray:
+        """[SUMS], the last of :meth:`sums` that is known; not to be changed."""
+        return self._sums_now
+
+    @property
+    def pull_weights(self) -> tuple[float, float]:
+        """See :meth:`.Pull.weights`; 0 without a pull."""
+        return (0.0, 0.0) if self.pull is None else self.pull.weights(self._count())
+
+    @property
+    def pull_reach(self) -> float:
+        """See :meth:`.Pull.reach`; 0 without a pull."""
+        return self._pull_reach(self._lr_bound)
+
+    def _pull_reach(self, lr_bound: np.ndarray) -> float:
+        if self.pull is None:
+            return 0.0
+        return self.pull.reach(self._count(), self._peak * lr_bound, self.beta2)
 
     @property
     def noise_room(self) -> float:
@@ -256,16 +287,20 @@ class AdamHistory:
     def tables(self) -> _C.SkipTables:
         """The kernels' view of this history at the present step."""
         if self._tables is None:
-            now = _Moment(self.step, np.empty(0), self._skip, self._lr_bound, self._noise_now)
+            now = _Moment(self.step, np.empty(0), self._skip, self._lr_bound, self._sums_now)
             self._tables = self._make_tables(now)
         return self._tables
 
     def _make_tables(self, moment: _Moment) -> _C.SkipTables:
-        noise: dict[str, Any] = {}
+        moves: dict[str, Any] = {}
+        if self.moves_all:
+            moves["sums_before"], moves["sums_now"] = self._sums_before, moment.sums.tolist()
         if self.noise is not None:
-            noise["noise_before"], noise["noise_now"] = self._noise_before, moment.noise
-            noise["noise_rate"] = self.noise.rate
-            noise["noise_room"] = self.noise.room(moment.lr_bound)
+            moves["noise_rate"] = self.noise.rate
+            moves["noise_room"] = self.noise.room(moment.lr_bound)
+        if self.pull is not None:
+            moves["pull_scale"], moves["pull_opacity"] = self.pull_weights
+            moves["pull_reach"] = self._pull_reach(moment.lr_bound)
         return _C.SkipTables(
             step=moment.step,
             skip=moment.skip,
@@ -278,7 +313,7 @@ class AdamHistory:
             group=self._group,
             beta1=self.beta1,
             beta2=self.beta2,
-            **noise,
+            **moves,
         )
 
     def restart(self, step: int) -> None:
@@ -289,7 +324,7 @@ class AdamHistory:
         self._tail = np.zeros((size, len(GROUPS)), dtype=np.float32)
         self._eps_scale = np.zeros(size, dtype=np.float32)
         self._eps_scale[step] = self._eps_factor(step)
-        self._noise_before = np.zeros(size)
+        self._sums_before = np.zeros((size, SUMS))
         self.all_settled()
 
 

@@ -124,9 +124,14 @@ def test_noise(accesses: dict[str, int], moments: torch.dtype) -> None:
     layout = RowLayout(1, moments)
     engine = make_engine(random_rows(ROWS, layout), layout, "cpu", int(1.5 * largest_view(layout)))
     strategy = RowMCMCStrategy(
-        refine_start_iter=5, refine_every=10, noise_lr=100.0, min_opacity=0.45
+        refine_start_iter=5,
+        refine_every=10,
+        noise_lr=100.0,
+        min_opacity=0.45,
+        opacity_reg=1e-6,
+        scale_reg=1e-6,
     )
-    engine.noise = strategy.noise
+    engine.noise, engine.pull = strategy.noise, strategy.pull
     train_and_refine(engine, strategy)
     assert len(engine.store) == int(1.05 * int(1.05 * ROWS))
     assert set(accesses) >= {"exchange_rows", "gather_leaves", "settle_and_step_rows"}

@@ -215,7 +215,7 @@ def test_tables_must_cover_all_stamps():
         history.advance(lr_at(step))
     store = store_of(1)
     assert gathered(store, history).isfinite().all()
-    with pytest.raises(ValueError, match="noise_before must cover"):
-        history._noise_before = history._noise_before[:2]
+    with pytest.raises(ValueError, match="sums_before must cover"):
+        history._sums_before = history._sums_before[:2]
         history._tables = None
         assert history.tables

@@ -1,0 +1,55 @@
+"""What Triton kernels need to pull at rows by penalties; ``csrc/kernels/pull.h`` says what and why.
+
+The table of sums is that of :meth:`.AdamHistory.sums`, one row for each step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gsscale_nerfstudio.optim.history import SUMS
+
+_SUMS = tl.constexpr(SUMS)
+VARIANCE_SUM = tl.constexpr(0)
+SCALE_SUM = tl.constexpr(1)
+OPACITY_SUM = tl.constexpr(2)
+
+
+@triton.jit
+def sum_since(sums, since, step, WHICH: tl.constexpr):
+    """Over the steps after ``since`` [ROWS], up to ``step``."""
+    now = tl.load(sums + _SUMS * step + WHICH)
+    return (now - tl.load(sums + _SUMS * since + WHICH)).to(tl.float32)
+
+
+@triton.jit
+def pull_length(sums, since, step, d1, lag, WHICH: tl.constexpr):
+    """A of each row, for one of the two groups."""
+    last = tl.load(sums + _SUMS * step + WHICH)
+    last -= tl.load(sums + _SUMS * tl.maximum(step - 1, 0) + WHICH)
+    return sum_since(sums, since, step, WHICH) - last.to(tl.float32) * lag * (1.0 - d1)
+
+
+@triton.jit
+def _gradient(w, is_scale, weight):
+    """Of the penalty, and by which rate it falls as an element does."""
+    o = 1.0 / (1.0 + tl.exp(-w))
+    # A bookkeeping column could be anything.
+    gradient = weight * tl.where(is_scale, tl.exp(tl.minimum(w, 80.0)), o * (1.0 - o))
+    return gradient, tl.where(is_scale, 1.0, tl.maximum(1.0 - 2.0 * o, 1e-3))
+
+
+@triton.jit
+def pulled(w, v, length, is_scale, weight, eps_f, d1, d2, beta2):
+    """Settled elements, pulled at, and what has to be added to their settled moments.
+
+    ``v`` is as it was before the gap. Where ``weight`` or ``length`` is 0 nothing changes.
+    """
+    g, slope = _gradient(w, is_scale, weight)
+    q = tl.sqrt(d2 * beta2)
+    y = tl.where(g > 0, length * g / (tl.sqrt(q * v + (1.0 - q) * g * g) + eps_f), 0.0)
+    z = slope * y
+    w -= tl.where(z < 0.01, y * (1.0 - 0.5 * z), tl.log(1.0 + z) / slope)
+    last, _ = _gradient(w, is_scale, weight)
+    return w, (1.0 - d1) * last, (1.0 - d2) * g * last
