@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
@@ -16,14 +16,27 @@ from torch import Tensor, nn
 from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.errors import GSScaleError, warn
 
+
+class _Module(NamedTuple):
+    """Parameters that are not always there, one for each training image."""
+
+    what: str
+    parameter: str
+    flag: str
+    """That makes them."""
+
+
 _MODULES = {
-    "camera_opt": (
+    "camera_opt": _Module(
         "camera poses",
+        "camera_optimizer.pose_adjustment",
         "--pipeline.model.camera-optimizer.mode (SO3xR3 or SE3, as that run had it)",
     ),
-    "bilateral_grid": ("bilateral grids", "--pipeline.model.use-bilateral-grid True"),
+    "bilateral_grid": _Module(
+        "bilateral grids", "bil_grids.grids", "--pipeline.model.use-bilateral-grid True"
+    ),
 }
-"""Groups of parameters that are not always there: what they are, and the flag that makes them."""
+"""By the group of their optimizer."""
 
 _PLACEMENT = "dataparser_transforms.json"
 
@@ -90,7 +103,8 @@ def require_groups(optimizers: Optimizers, loaded: Mapping[str, Any]) -> None:
         )
     if missing:
         modules = [_MODULES[name] for name in missing]
-        whats, flags = (" and ".join(each) for each in zip(*modules, strict=True))
+        whats = " and ".join(module.what for module in modules)
+        flags = " and ".join(module.flag for module in modules)
         raise GSScaleError(
             f"the checkpoint's run has trained {whats}, too; to go on from it add {flags}"
         )
@@ -107,10 +121,7 @@ def require_same_images(model: nn.Module, loaded: Mapping[str, Tensor]) -> None:
         GSScaleError: it is of another number of them, or grids are of another shape.
     """
     own = dict(model.named_parameters())
-    for name, what in (
-        ("camera_optimizer.pose_adjustment", "camera poses"),
-        ("bil_grids.grids", "bilateral grids"),
-    ):
+    for what, name, _ in _MODULES.values():
         before, now = loaded.get(f"_model.{name}"), own.get(name)
         if before is None or now is None or before.shape == now.shape:
             continue

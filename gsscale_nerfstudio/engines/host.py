@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +39,6 @@ from gsscale_nerfstudio.store.memory import available_memory, with_spare
 _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
 
-_MOST_PARTS = 16
-"""A window is not divided for want of host memory if it has this fraction of its view's rows ..."""
-
-_MOST_WINDOWS = 256
-"""... or this fraction of its pixels: where Gaussians are large, all windows see many of them."""
-
 
 def _can_be_locked(size: int) -> bool:
     """Whether so many bytes of host memory can be taken.
@@ -53,19 +46,6 @@ def _can_be_locked(size: int) -> bool:
     Rows leave headroom to all else, of which staging may have half: it is what comes last.
     """
     return size == 0 or size <= available_memory() - headroom() // 2
-
-
-def _is_small(rows: int, window: View, total: int, view: View) -> bool:
-    """Whether a window has to have room: windows without end would not help.
-
-    Args:
-        rows: that the window may see.
-        window: of ``view``.
-        total: rows that ``view`` may see.
-        view: the whole.
-    """
-    pixels, of = (math.prod(part.whole_window.size) for part in (window, view))
-    return rows * _MOST_PARTS <= total or pixels * _MOST_WINDOWS <= of
 
 
 @dataclass(frozen=True)
@@ -304,12 +284,9 @@ class HostEngine(EditableEngine):
                 return [view]
             self._wait_for_worker()
             self._finish_step()
-            total = len(self._rows_in(view))
-
-            def fits(rows: int, window: View) -> bool:
-                return self._can_show(rows, window, _is_small(rows, window, total, view))
-
-            return [window for window, _ in windows_of(view, self._rows_in, fits)]
+            ids = self._rows_in(view)
+            windows = windows_of(view, ids, self._rows_in, self._can_show)
+            return [window for window, _ in windows]
 
     def _can_show(self, rows: int, view: View, small: bool = False) -> bool:
         """Whether so many rows of a view can be on the device at a time, to be rendered.
@@ -319,11 +296,12 @@ class HostEngine(EditableEngine):
             view: of the whole image, or of a window.
             small: there has to be room in host memory for it.
         """
-        return (
-            rows <= self._sizing.most_shown
-            and self._sizing.fits(rows, view)
-            and (small or _can_be_locked(self._outgoing.to_be_locked(rows)))
-        )
+        return rows <= self._sizing.most_shown and self._have_room(rows, view, small)
+
+    def _have_room(self, rows: int, view: View, small: bool) -> bool:
+        """Whether so many rows of a view, or of a window of one, can be brought at a time."""
+        here = small or _can_be_locked(self._outgoing.to_be_locked(rows))
+        return here and self._sizing.fits(rows, view)
 
     def show_less(self, view: View, tries: int) -> bool:
         """Let GPU memory suffice for renders, at no cost to training, because it has run out.
@@ -371,16 +349,6 @@ class HostEngine(EditableEngine):
                 "GPU has more memory."
             )
 
-    def _windows(self, view: View, ids: Tensor) -> list[tuple[View, Tensor]]:
-        """The windows of a view that is to be trained in parts, whose rows are ``ids``."""
-
-        def fits(rows: int, window: View) -> bool:
-            small = _is_small(rows, window, len(ids), view)
-            here = small or _can_be_locked(self._outgoing.to_be_locked(rows))
-            return here and self._sizing.fits(rows, window)
-
-        return windows_of(view, self._rows_in, fits)
-
     def _rows_in(self, window: View) -> Tensor:
         """Ids of the rows that a window, or a whole view, may see."""
         ahead = self._to_fetch
@@ -391,7 +359,7 @@ class HostEngine(EditableEngine):
     def _in_parts(self, view: View, ids: Tensor) -> ViewInParts:
         self._count(len(ids), len(ids), 4 * len(ids) * self.store.layout.width)
         self._gradients[0].rows(len(ids))  # first: it needs them, and the rest is for windows
-        parts = parts_of(ids, self._windows(view, ids))
+        parts = parts_of(ids, windows_of(view, ids, self._rows_in, self._have_room))
         return ViewInParts(ids, parts, self.store.layout, self._gradients[0])
 
     def bring_part(

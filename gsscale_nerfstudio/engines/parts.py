@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,12 @@ from gsscale_nerfstudio.store.layout import STATISTICS, RowLayout
 
 _MULTIPLE = 16
 """Pixels: windows begin at borders of the rasterizer's tiles, so that none is drawn twice."""
+
+_MOST_PARTS = 16
+"""A window is not divided for want of host memory if it has this fraction of its view's rows ..."""
+
+_MOST_WINDOWS = 256
+"""... or this fraction of its pixels: where Gaussians are large, all windows see many of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +82,10 @@ class ViewInParts:
 
 
 def windows_of(
-    view: View, rows_of: Callable[[View], Tensor], fits: Callable[[int, View], bool]
+    view: View,
+    ids: Tensor,
+    rows_of: Callable[[View], Tensor],
+    fits: Callable[[int, View, bool], bool],
 ) -> list[tuple[View, Tensor]]:
     """The view through windows whose rows fit, and the ids [m] of these rows.
 
@@ -84,14 +94,23 @@ def windows_of(
 
     Args:
         view: of a whole image, or of a window.
-        rows_of: gives the ids of the rows that a view may see.
-        fits: whether so many rows, of a view, can be on the device at a time.
+        ids: [n] of the rows that it may see.
+        rows_of: gives the ids of the rows that a window of it may see.
+        fits: whether so many rows, of a window, can be on the device at a time; and whether it is
+            so small that there has to be room in host memory: windows without end would not help.
     """
-    ids = rows_of(view)
-    halves = None if fits(len(ids), view) else view.whole_window.halves(_MULTIPLE)
-    if halves is None:
-        return [(view, ids)]
-    return [part for window in halves for part in windows_of(view.through(window), rows_of, fits)]
+
+    def divided(window: View, seen: Tensor) -> list[tuple[View, Tensor]]:
+        pixels, of = (math.prod(part.whole_window.size) for part in (window, view))
+        small = len(seen) * _MOST_PARTS <= len(ids) or pixels * _MOST_WINDOWS <= of
+        fit = fits(len(seen), window, small)
+        halves = None if fit else window.whole_window.halves(_MULTIPLE)
+        if halves is None:
+            return [(window, seen)]
+        parts = (window.through(half) for half in halves)
+        return [each for part in parts for each in divided(part, rows_of(part))]
+
+    return divided(view, ids)
 
 
 def parts_of(ids: Tensor, windows: list[tuple[View, Tensor]]) -> list[Part]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines import ResidentEngine, ViewInParts, host
+from gsscale_nerfstudio.engines import ResidentEngine, ViewInParts, host, parts
 from gsscale_nerfstudio.engines.sizing import ViewSizing
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.errors import GSScaleError
@@ -121,11 +121,13 @@ def test_windows_end_somewhere_without_staging(locked, training):
     ids = engine._rows_in(view)
 
     def windows() -> int:
-        return len(engine._windows(view, ids) if training else engine.windows(view))
+        if training:
+            return len(parts.windows_of(view, ids, engine._rows_in, engine._have_room))
+        return len(engine.windows(view))
 
     assert windows() == 1
     locked.size = locked.taken
-    assert 16 < windows() <= 2 * host._MOST_WINDOWS
+    assert 16 < windows() <= 2 * parts._MOST_WINDOWS
     locked.size += 1000 + len(ids) * ROW
     assert 1 < windows() < 16, "more than needed"
 
