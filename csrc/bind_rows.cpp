@@ -91,7 +91,7 @@ struct Tables {
                beta2,
                {sums_before ? sums_before->data() : nullptr, {sums_now[0], sums_now[1], sums_now[2]}},
                {noise_rate, noise_room},
-               {pull_scale, pull_opacity, (float)(beta1 / (1.0 - beta1)), pull_reach}};
+               {pull_scale, pull_opacity, pull_reach}};
     }
 };
 

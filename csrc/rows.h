@@ -44,7 +44,6 @@ struct Noise {
 // Penalties whose gradient pulls at every row; see kernels/pull.h.
 struct Pull {
     float scale, opacity;  // weight of exp(log-scale) and of opacity; 0 if there is none
-    float lag;             // beta1 / (1 - beta1)
     float reach;           // over sqrt(v): how far skipped steps may take an opacity
 };
 

@@ -53,7 +53,6 @@ FLOATS = {
     "room",
     "scale_weight",
     "opacity_weight",
-    "lag",
     "v_decay",
     "pull_reach",
     "ssim_weight",

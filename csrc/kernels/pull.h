@@ -5,9 +5,10 @@
 // it moves an element, over the steps s + 1 .. t that a row skips, by
 //
 //     sum_i a_i (1 - b1^(i-s)) g_i / sqrt(v_i)  ~  A g / D,
-//     A = sum_i a_i - a_t b1 (1 - b1^(t-s)) / (1 - b1),
-//     D = sqrt(q v_s + (1 - q) g^2),  q = b2^((t-s+1)/2): v in the middle of the gap.
+//     A = sum_i a_i - S(s, t),
+//     D = sqrt(q v_s + (1 - q) g^2),  q = b2^((t-s+1)/2): v in the middle of the gap,
 //
+// where S, which is at hand, has (b1 / sqrt(b2))^(i-s) for b1^(i-s): 0.05 % more from step to step.
 // g falls as the element does, g(w - x) = g e^(-slope x), so the way is x = log(1 + slope A g / D) /
 // slope. Where views set v, as they do for what they show now and then, x is small and this is exact
 // to some percent; where nothing but the pull does, it tells how soon an element is gone.
@@ -27,37 +28,37 @@ namespace {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// How a row's skipped steps are made up for: w -= S m / (sqrt(v) + eps f), m *= d1, v *= d2.
+struct Skip {
+    const float *S;
+    float f, d1, d2;
+};
+
 // Sizes and opacity.
 constexpr int kPulled = 4;
 
-// One skipped gap: sum of a_i and a_t of a group, b1^gap, b2^gap, f of eps.
-struct Gap {
-    float sum, last, d1, d2, f;
-};
-
-inline Gap gap_of(const SkipTables &t, int64_t stamp, int which, float d1, float d2, float f) {
-    return {(float)(t.sums.now[which] - t.sums.before[kSums * stamp + which]),
-            (float)(t.sums.now[which] - t.sums.before[kSums * (t.step - 1) + which]), d1, d2, f};
+// Sum of a_i of a group over the steps after `stamp`.
+inline float sum_since(const SkipTables &t, int64_t stamp, int which) {
+    return (float)(t.sums.now[which] - t.sums.before[kSums * stamp + which]);
 }
 
-// Moves a settled element by its pull; its moments follow, unless they are null. `v` is the second
-// moment before the gap.
-inline void pull_element(const SkipTables &t, const Gap &gap, bool is_scale, float eps, float v,
-                         float *w, float *m, float *v_out) {
+// Moves a settled element by its pull, of length A; its moments follow, unless they are null. `v` is
+// the second moment before the gap.
+inline void pull_element(const SkipTables &t, const Skip &skip, float A, bool is_scale, float eps,
+                         float v, float *w, float *m, float *v_out) {
     const float weight = is_scale ? t.pull.scale : t.pull.opacity;
     const float o = sigmoid(*w);
     const float g = weight * (is_scale ? expf(*w) : o * (1.0f - o));
     const float slope = is_scale ? 1.0f : fmaxf(1.0f - 2.0f * o, 1e-3f);
-    const float A = gap.sum - gap.last * t.pull.lag * (1.0f - gap.d1);
-    const float q = sqrtf(gap.d2 * (float)t.beta2);
-    const float y = A * g / (sqrtf(q * v + (1.0f - q) * g * g) + eps * gap.f);
+    const float q = sqrtf(skip.d2 * (float)t.beta2);
+    const float y = A * g / (sqrtf(q * v + (1.0f - q) * g * g) + eps * skip.f);
     const float z = slope * y;
     *w -= z < 0.01f ? y * (1.0f - 0.5f * z) : logf(1.0f + z) / slope;
     if (m == nullptr) return;
     const float p = sigmoid(*w);
     const float last = weight * (is_scale ? expf(*w) : p * (1.0f - p));
-    *m = flush(*m + (1.0f - gap.d1) * last);
-    *v_out = flush(*v_out + (1.0f - gap.d2) * g * last);
+    *m = flush(*m + (1.0f - skip.d1) * last);
+    *v_out = flush(*v_out + (1.0f - skip.d2) * g * last);
 }
 
 // Column of the i-th of the elements of a row that are pulled at.
@@ -78,12 +79,12 @@ inline PulledMoments pulled_moments(const RowStore &s, const float *v) {
 // `stamp` < t. Its settled moments `m` and `v` follow, unless they are null. Not inlined, so that it
 // rounds in the same way wherever it is called.
 __attribute__((noinline)) void pull_row(const RowStore &s, const SkipTables &t, int64_t stamp,
-                                        float d1, float d2, float f, const PulledMoments &before,
-                                        float *w, float *m, float *v) {
+                                        const Skip &skip, const PulledMoments &before, float *w,
+                                        float *m, float *v) {
     for (int i = 0; i < kPulled; ++i) {
         const int c = pulled_column(s, i);
-        const Gap gap = gap_of(t, stamp, i < 3 ? kScaleSum : kOpacitySum, d1, d2, f);
-        pull_element(t, gap, i < 3, t.eps[c], before.v[i], w + c, m ? m + c : nullptr,
+        const float A = sum_since(t, stamp, i < 3 ? kScaleSum : kOpacitySum) - skip.S[c];
+        pull_element(t, skip, A, i < 3, t.eps[c], before.v[i], w + c, m ? m + c : nullptr,
                      v ? v + c : nullptr);
     }
 }

@@ -37,12 +37,6 @@ inline void prefetch_row(const RowStore &s, int64_t row) {
     }
 }
 
-// How a row's skipped steps are made up for: w -= S m / (sqrt(v) + eps f), m *= d1, v *= d2.
-struct Skip {
-    const float *S;
-    float f, d1, d2;
-};
-
 inline Skip skip_of(const SkipTables &t, int64_t width, int64_t stamp, float *scratch) {
     const int64_t gap = t.step - stamp;
     Skip skip;
@@ -82,7 +76,7 @@ inline void push_skipped(const RowStore &s, const SkipTables &t, int64_t stamp, 
                          const Origin &origin, const PulledMoments &before, float *w, float *m,
                          float *v) {
     if (t.pull.scale > 0.0f || t.pull.opacity > 0.0f)
-        pull_row(s, t, stamp, skip.d1, skip.d2, skip.f, before, w, m, v);
+        pull_row(s, t, stamp, skip, before, w, m, v);
     if (t.noise.rate > 0.0f) disturb(s, origin, kSkipped, deviation_since(t, stamp), w);
 }
 

@@ -26,7 +26,7 @@ from gsscale_nerfstudio.engines.color_kernels import (
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.leaf_kernels import load_leaves, store_leaves
 from gsscale_nerfstudio.engines.moment_kernels import load_moment, round_moments, store_moment
-from gsscale_nerfstudio.engines.pull_kernels import OPACITY_SUM, SCALE_SUM, pull_length, pulled
+from gsscale_nerfstudio.engines.pull_kernels import OPACITY_SUM, SCALE_SUM, pulled, sum_since
 from gsscale_nerfstudio.store import RowLayout
 
 RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -167,14 +167,14 @@ def _skip(
 
 @triton.jit
 def _pulled(
-    w, v, column, since, step, eps_f, d1, d2, sums, scale_weight, opacity_weight, lag, v_decay
+    w, v, s, column, since, step, eps_f, d1, d2, sums, scale_weight, opacity_weight, v_decay
 ):  # fmt: skip
     """See :func:`.pulled`, for a tile of settled rows; elements of other groups are left alone."""
     is_scale = (column >= 3) & (column < 6)
     weight = tl.where(is_scale, scale_weight, tl.where(column == 10, opacity_weight, 0.0))
-    of_scales = pull_length(sums, since, step, d1, lag, SCALE_SUM)[:, None]
-    of_opacities = pull_length(sums, since, step, d1, lag, OPACITY_SUM)[:, None]
-    length = tl.where(is_scale, of_scales, of_opacities)
+    of_scales = sum_since(sums, since, step, SCALE_SUM)[:, None]
+    of_opacities = sum_since(sums, since, step, OPACITY_SUM)[:, None]
+    length = tl.where(is_scale, of_scales, of_opacities) - s
     return pulled(w, v, length, is_scale, weight, eps_f, d1[:, None], d2[:, None], v_decay)
 
 
@@ -209,7 +209,6 @@ def gather_leaves(
     sums,
     scale_weight,
     opacity_weight,
-    lag,
     v_decay,
     step,
     n,
@@ -276,8 +275,8 @@ def gather_leaves(
     w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
     if PULL:
         w, _m, _v = _pulled(
-            w, v, column, since, step, eps * f[:, None], d1, d2, sums, scale_weight,
-            opacity_weight, lag, v_decay,
+            w, v, s, column, since, step, eps * f[:, None], d1, d2, sums, scale_weight,
+            opacity_weight, v_decay,
         )  # fmt: skip
     if NOISE:
         means_at = i[:, None].to(tl.int64) * 3 + column
@@ -325,7 +324,6 @@ def settle_and_step_rows(
     sums,
     scale_weight,
     opacity_weight,
-    lag,
     v_decay,
     step,
     n,
@@ -384,8 +382,8 @@ def settle_and_step_rows(
     v *= d2[:, None]
     if PULL:
         w, more_m, more_v = _pulled(
-            w, before, column, stamp, step, eps * f[:, None], d1, d2, sums, scale_weight,
-            opacity_weight, lag, v_decay,
+            w, before, s, column, stamp, step, eps * f[:, None], d1, d2, sums, scale_weight,
+            opacity_weight, v_decay,
         )  # fmt: skip
         m += more_m
         v += more_v

@@ -23,11 +23,10 @@ from gsscale_nerfstudio.engines.pull_kernels import (
     OPACITY_SUM,
     SCALE_SUM,
     VARIANCE_SUM,
-    pull_length,
     pulled,
     sum_since,
 )
-from gsscale_nerfstudio.engines.slot_kernels import SLOTS, Arrays, settled_element
+from gsscale_nerfstudio.engines.slot_kernels import SLOTS, Arrays, settled_element, skipped
 from gsscale_nerfstudio.optim.device_tables import DeviceTables
 from gsscale_nerfstudio.store import GROUPS, RowLayout
 
@@ -113,22 +112,22 @@ def _settled(
 
 @triton.jit
 def _pulled_at(
-    value, v, at, host_v, there, cached, absent, column, length, is_scale, weight, eps_of, f, d1,
-    d2, v_decay, FROM_HOST: tl.constexpr,
+    value, v, at, host_v, there, cached, absent, column, length, is_scale, weight, eps_of, f, d2,
+    v_decay, FROM_HOST: tl.constexpr,
 ):  # fmt: skip
     """A settled element of each row, pulled at."""
     second = load_moment(v + at + column, cached)
     if FROM_HOST:
         second += load_moment(host_v + there + column, absent)
     eps_f = tl.load(eps_of + column) * f
-    value, _m, _v = pulled(value, second, length, is_scale, weight, eps_f, d1, d2, v_decay)
+    value, _m, _v = pulled(value, second, length, is_scale, weight, eps_f, 1.0, d2, v_decay)
     return value
 
 
 @triton.jit(do_not_specialize=["n", "step"])
 def _draw(
     w, m, v, host_w, host_m, host_v, slots, rows, offsets, own, skip, tail, eps_scale, eps_of,
-    sums, scale_weight, opacity_weight, lag, v_decay, log2_beta1, log2_beta2, step, n,
+    sums, scale_weight, opacity_weight, v_decay, log2_beta2, step, n,
     FROM_HOST: tl.constexpr, DRAW_OWN: tl.constexpr, PULL: tl.constexpr, STAMP: tl.constexpr,
     KEY: tl.constexpr, HORIZON: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -182,26 +181,27 @@ def _draw(
         eps_of, skip, tail, eps_scale, FROM_HOST, HORIZON, N_GROUPS,
     )  # fmt: skip
     if PULL:
-        gap = (step - since).to(tl.float32)
-        decay1, decay2 = tl.exp2(gap * log2_beta1), tl.exp2(gap * log2_beta2)
+        decay2 = tl.exp2((step - since).to(tl.float32) * log2_beta2)
         f = tl.load(eps_scale + since)
-        length = pull_length(sums, since, step, decay1, lag, SCALE_SUM)
+        length = sum_since(sums, since, step, SCALE_SUM)
+        length -= skipped(_SCALES, since, step, skip, tail, live, HORIZON, N_GROUPS)
         s0 = _pulled_at(
             s0, v, at, host_v, there, cached, absent, 3, length, live, scale_weight, eps_of, f,
-            decay1, decay2, v_decay, FROM_HOST,
+            decay2, v_decay, FROM_HOST,
         )  # fmt: skip
         s1 = _pulled_at(
             s1, v, at, host_v, there, cached, absent, 4, length, live, scale_weight, eps_of, f,
-            decay1, decay2, v_decay, FROM_HOST,
+            decay2, v_decay, FROM_HOST,
         )  # fmt: skip
         s2 = _pulled_at(
             s2, v, at, host_v, there, cached, absent, 5, length, live, scale_weight, eps_of, f,
-            decay1, decay2, v_decay, FROM_HOST,
+            decay2, v_decay, FROM_HOST,
         )  # fmt: skip
-        length = pull_length(sums, since, step, decay1, lag, OPACITY_SUM)
+        length = sum_since(sums, since, step, OPACITY_SUM)
+        length -= skipped(_OPACITIES, since, step, skip, tail, live, HORIZON, N_GROUPS)
         logit = _pulled_at(
             logit, v, at, host_v, there, cached, absent, 10, length, live & False, opacity_weight,
-            eps_of, f, decay1, decay2, v_decay, FROM_HOST,
+            eps_of, f, decay2, v_decay, FROM_HOST,
         )  # fmt: skip
     variance = sum_since(sums, since, step, VARIANCE_SUM)
     o0, o1, o2 = _offset(
@@ -304,8 +304,8 @@ def draw_noise(
         _draw[(triton.cdiv(n, SLOTS),)](
             *arrays, *host_arrays, slots, slots if rows is None else rows, offsets, normals,
             tables.skip, tables.tail, tables.eps_scale, tables.eps, step=tables.history.step, n=n,
-            **tables.pull(slots), **tables.decays(), FROM_HOST=rows is not None, DRAW_OWN=own,
-            STAMP=layout.bookkeeping["stamp"], HORIZON=tables.history.horizon,
+            **tables.pull(slots), log2_beta2=tables.log2_beta2, FROM_HOST=rows is not None,
+            DRAW_OWN=own, STAMP=layout.bookkeeping["stamp"], HORIZON=tables.history.horizon,
             N_GROUPS=tables.skip.shape[1], **_constants(layout),
         )  # fmt: skip
     return offsets, normals

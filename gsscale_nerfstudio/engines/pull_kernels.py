@@ -24,14 +24,6 @@ def sum_since(sums, since, step, WHICH: tl.constexpr):
 
 
 @triton.jit
-def pull_length(sums, since, step, d1, lag, WHICH: tl.constexpr):
-    """A of each row, for one of the two groups."""
-    last = tl.load(sums + _SUMS * step + WHICH)
-    last -= tl.load(sums + _SUMS * tl.maximum(step - 1, 0) + WHICH)
-    return sum_since(sums, since, step, WHICH) - last.to(tl.float32) * lag * (1.0 - d1)
-
-
-@triton.jit
 def _gradient(w, is_scale, weight):
     """Of the penalty, and by which rate it falls as an element does."""
     o = 1.0 / (1.0 + tl.exp(-w))

@@ -37,15 +37,21 @@ def _slots_of(w, slots, n, step, STAMP: tl.constexpr, WIDTH: tl.constexpr, SLOTS
 
 
 @triton.jit
+def skipped(group, stamp, step, skip, tail, live, HORIZON: tl.constexpr, N_GROUPS: tl.constexpr):
+    """S(stamp, step) of a group, for each row."""
+    gap = step - stamp
+    near = gap <= HORIZON
+    s = tl.load(skip + tl.where(near, gap, 0) * N_GROUPS + group, mask=live & near, other=0.0)
+    return s + tl.load(tail + stamp * N_GROUPS + group, mask=live & (gap > HORIZON), other=0.0)
+
+
+@triton.jit
 def settled_element(
     w, m, v, at, live, group, stamp, step, eps, skip, tail, eps_scale, HORIZON: tl.constexpr,
     N_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One element of each row, as it would be if the row were settled."""
-    gap = step - stamp
-    near = gap <= HORIZON
-    s = tl.load(skip + tl.where(near, gap, 0) * N_GROUPS + group, mask=live & near, other=0.0)
-    s += tl.load(tail + stamp * N_GROUPS + group, mask=live & (gap > HORIZON), other=0.0)
+    s = skipped(group, stamp, step, skip, tail, live, HORIZON, N_GROUPS)
     f = tl.load(eps_scale + stamp, mask=live, other=1.0)
     now = tl.load(w + at, mask=live, other=0.0)
     first = load_moment(m + at, live)

@@ -114,19 +114,17 @@ class DeviceTables:
             "tail": self.tail,
             "eps_scale": self.eps_scale,
             "decay": self.decay,
-            **self.decays(),
+            "log2_beta1": math.log2(self.history.beta1) if self.history.beta1 > 0 else -1e4,
+            "log2_beta2": self.log2_beta2,
             "step": self.history.step,
             "HORIZON": self.history.horizon,
             "GROUPS": GROUP_STRIDE,
         }
 
-    def decays(self) -> dict[str, float]:
-        """Logarithms of what moments decay by."""
-        beta1, beta2 = self.history.beta1, self.history.beta2
-        return {
-            "log2_beta1": math.log2(beta1) if beta1 > 0 else -1e4,
-            "log2_beta2": math.log2(beta2),
-        }
+    @property
+    def log2_beta2(self) -> float:
+        """By what second moments decay, as a logarithm."""
+        return math.log2(self.history.beta2)
 
     def pull(self, otherwise: Tensor) -> dict[str, Any]:
         """What kernels need to pull at rows by penalties; ``otherwise`` stands for the sums.
@@ -139,7 +137,6 @@ class DeviceTables:
             "sums": otherwise if self.sums is None else self.sums,
             "scale_weight": scale,
             "opacity_weight": opacity,
-            "lag": history.beta1 / (1 - history.beta1),
             "v_decay": history.beta2,
             "PULL": history.pull is not None,
         }
