@@ -53,6 +53,7 @@ FLOATS = {
     "room",
     "scale_weight",
     "opacity_weight",
+    "m_share",
     "v_decay",
     "pull_reach",
     "ssim_weight",

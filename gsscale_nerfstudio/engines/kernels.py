@@ -26,7 +26,13 @@ from gsscale_nerfstudio.engines.color_kernels import (
 from gsscale_nerfstudio.engines.colors import Viewpoint
 from gsscale_nerfstudio.engines.leaf_kernels import load_leaves, store_leaves
 from gsscale_nerfstudio.engines.moment_kernels import load_moment, round_moments, store_moment
-from gsscale_nerfstudio.engines.pull_kernels import OPACITY_SUM, SCALE_SUM, pulled, sum_since
+from gsscale_nerfstudio.engines.pull_kernels import (
+    OPACITY_SUM,
+    SCALE_SUM,
+    pull_length,
+    pulled,
+    sum_since,
+)
 from gsscale_nerfstudio.store import RowLayout
 
 RUN_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -167,14 +173,15 @@ def _skip(
 
 @triton.jit
 def _pulled(
-    w, v, s, column, since, step, eps_f, d1, d2, sums, scale_weight, opacity_weight, v_decay
+    w, v, s, column, since, step, eps_f, d1, d2, sums, scale_weight, opacity_weight,
+    m_share, v_decay,
 ):  # fmt: skip
     """See :func:`.pulled`, for a tile of settled rows; elements of other groups are left alone."""
     is_scale = (column >= 3) & (column < 6)
     weight = tl.where(is_scale, scale_weight, tl.where(column == 10, opacity_weight, 0.0))
     of_scales = sum_since(sums, since, step, SCALE_SUM)[:, None]
     of_opacities = sum_since(sums, since, step, OPACITY_SUM)[:, None]
-    length = tl.where(is_scale, of_scales, of_opacities) - s
+    length = pull_length(tl.where(is_scale, of_scales, of_opacities), s, m_share)
     return pulled(w, v, length, is_scale, weight, eps_f, d1[:, None], d2[:, None], v_decay)
 
 
@@ -209,6 +216,7 @@ def gather_leaves(
     sums,
     scale_weight,
     opacity_weight,
+    m_share,
     v_decay,
     step,
     n,
@@ -271,12 +279,13 @@ def gather_leaves(
     if FROM_HOST:
         m += load_moment(host_m + there, fetch & behind)
         v += load_moment(host_v + there, fetch & behind)
-    # As the host rounds: a row looks the same, bit by bit, wherever it is settled to be looked at.
+    # As the host rounds: a row looks the same, bit by bit, wherever it is settled to be looked at;
+    # but where it is pulled at, which logarithms of many kinds do.
     w -= tl.div_rn(s * m, tl.sqrt_rn(v) + eps * f[:, None])
     if PULL:
         w, _m, _v = _pulled(
             w, v, s, column, since, step, eps * f[:, None], d1, d2, sums, scale_weight,
-            opacity_weight, v_decay,
+            opacity_weight, m_share, v_decay,
         )  # fmt: skip
     if NOISE:
         means_at = i[:, None].to(tl.int64) * 3 + column
@@ -324,6 +333,7 @@ def settle_and_step_rows(
     sums,
     scale_weight,
     opacity_weight,
+    m_share,
     v_decay,
     step,
     n,
@@ -383,7 +393,7 @@ def settle_and_step_rows(
     if PULL:
         w, more_m, more_v = _pulled(
             w, before, s, column, stamp, step, eps * f[:, None], d1, d2, sums, scale_weight,
-            opacity_weight, v_decay,
+            opacity_weight, m_share, v_decay,
         )  # fmt: skip
         m += more_m
         v += more_v

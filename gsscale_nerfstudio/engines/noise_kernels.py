@@ -23,6 +23,7 @@ from gsscale_nerfstudio.engines.pull_kernels import (
     OPACITY_SUM,
     SCALE_SUM,
     VARIANCE_SUM,
+    pull_length,
     pulled,
     sum_since,
 )
@@ -127,7 +128,7 @@ def _pulled_at(
 @triton.jit(do_not_specialize=["n", "step"])
 def _draw(
     w, m, v, host_w, host_m, host_v, slots, rows, offsets, own, skip, tail, eps_scale, eps_of,
-    sums, scale_weight, opacity_weight, v_decay, log2_beta2, step, n,
+    sums, scale_weight, opacity_weight, m_share, v_decay, log2_beta2, step, n,
     FROM_HOST: tl.constexpr, DRAW_OWN: tl.constexpr, PULL: tl.constexpr, STAMP: tl.constexpr,
     KEY: tl.constexpr, HORIZON: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -183,8 +184,8 @@ def _draw(
     if PULL:
         decay2 = tl.exp2((step - since).to(tl.float32) * log2_beta2)
         f = tl.load(eps_scale + since)
-        length = sum_since(sums, since, step, SCALE_SUM)
-        length -= skipped(_SCALES, since, step, skip, tail, live, HORIZON, N_GROUPS)
+        s = skipped(_SCALES, since, step, skip, tail, live, HORIZON, N_GROUPS)
+        length = pull_length(sum_since(sums, since, step, SCALE_SUM), s, m_share)
         s0 = _pulled_at(
             s0, v, at, host_v, there, cached, absent, 3, length, live, scale_weight, eps_of, f,
             decay2, v_decay, FROM_HOST,
@@ -197,8 +198,8 @@ def _draw(
             s2, v, at, host_v, there, cached, absent, 5, length, live, scale_weight, eps_of, f,
             decay2, v_decay, FROM_HOST,
         )  # fmt: skip
-        length = sum_since(sums, since, step, OPACITY_SUM)
-        length -= skipped(_OPACITIES, since, step, skip, tail, live, HORIZON, N_GROUPS)
+        s = skipped(_OPACITIES, since, step, skip, tail, live, HORIZON, N_GROUPS)
+        length = pull_length(sum_since(sums, since, step, OPACITY_SUM), s, m_share)
         logit = _pulled_at(
             logit, v, at, host_v, there, cached, absent, 10, length, live & False, opacity_weight,
             eps_of, f, decay2, v_decay, FROM_HOST,

@@ -24,24 +24,30 @@ def sum_since(sums, since, step, WHICH: tl.constexpr):
 
 
 @triton.jit
+def pull_length(sum, s, one_minus_beta1):
+    """A, given the sum of a_i and S."""
+    return tl.maximum(sum - s, sum * one_minus_beta1)
+
+
+@triton.jit
 def _gradient(w, is_scale, weight):
     """Of the penalty, and by which rate it falls as an element does."""
-    o = 1.0 / (1.0 + tl.exp(-w))
-    # A bookkeeping column could be anything.
-    gradient = weight * tl.where(is_scale, tl.exp(tl.minimum(w, 80.0)), o * (1.0 - o))
+    e = tl.exp(tl.minimum(tl.where(is_scale, w, -w), 80.0))  # bookkeeping could be anything
+    o = 1.0 / (1.0 + e)
+    gradient = weight * e * tl.where(is_scale, 1.0, o * o)
     return gradient, tl.where(is_scale, 1.0, tl.maximum(1.0 - 2.0 * o, 1e-3))
 
 
 @triton.jit
-def pulled(w, v, length, is_scale, weight, eps_f, d1, d2, beta2):
+def pulled(w, v, length, is_scale, weight, eps_f, d1, d2, v_decay):
     """Settled elements, pulled at, and what has to be added to their settled moments.
 
     ``v`` is as it was before the gap. Where ``weight`` or ``length`` is 0 nothing changes.
     """
     g, slope = _gradient(w, is_scale, weight)
-    q = tl.sqrt(d2 * beta2)
+    q = tl.sqrt(d2 * v_decay)
     y = tl.where(g > 0, length * g / (tl.sqrt(q * v + (1.0 - q) * g * g) + eps_f), 0.0)
     z = slope * y
     w -= tl.where(z < 0.01, y * (1.0 - 0.5 * z), tl.log(1.0 + z) / slope)
     last, _ = _gradient(w, is_scale, weight)
-    return w, (1.0 - d1) * last, (1.0 - d2) * g * last
+    return w, (1.0 - d1) * last, (1.0 - d2) * last * tl.maximum(g, last)

@@ -137,6 +137,7 @@ class DeviceTables:
             "sums": otherwise if self.sums is None else self.sums,
             "scale_weight": scale,
             "opacity_weight": opacity,
+            "m_share": 1 - history.beta1,
             "v_decay": history.beta2,
             "PULL": history.pull is not None,
         }

@@ -37,11 +37,14 @@ class Pull:
     def reach(self, n: int, strides: np.ndarray, beta2: float) -> float:
         r"""Bound of an opacity logit's fall in ``horizon`` skipped steps, times :math:`\sqrt{v}`.
 
+        Infinite if v fades away meanwhile.
+
         Args:
             n: number of rows.
             strides: [len(GROUPS)] bound of a step's :math:`a_i` of each group.
             beta2: Adam's.
         """
         steepest = 0.25 * self.weights(n)[1]
+        way = 1.01 * self.horizon * float(strides[_OPACITIES]) * steepest
         faded = math.sqrt(beta2**self.horizon)
-        return 1.01 * self.horizon * float(strides[_OPACITIES]) * steepest / faded
+        return way / faded if faded > 0 else math.inf

@@ -111,8 +111,11 @@ def test_stepped_rows_and_their_spheres_are_the_hosts(device, noise, moments):
             (mine[:, pulled] - its).abs() <= error * its.abs() + 1e-3 * its.abs().median()
         ).all()
         assert its[1 : N // 10, 0].abs().min() > 0  # of those that no view has shown, too
-    if noise is None:
-        torch.testing.assert_close(spheres, store.spheres[:N], rtol=2e-3, atol=1e-4)
+    # What will be drawn next depends on every bit of the mean.
+    means = layout.columns["means"]
+    same = (got[0][:, means] == store.params[:N, means]).all(1)
+    assert same.float().mean() > (0.5 if noise else 0.99)
+    torch.testing.assert_close(spheres[same], store.spheres[:N][same], rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)

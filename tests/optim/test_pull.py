@@ -136,6 +136,57 @@ def test_rows_that_no_view_shows_are_gone_when_dense_ones_are():
     assert float((shrunk[1] / shrunk[0]).median()) == pytest.approx(1, abs=0.35)
 
 
+@pytest.mark.parametrize("gaps", [(10, 1), (10, 10), (20, 10), (33, 33)])
+@pytest.mark.parametrize("logit", [3.0, 5.0, 7.0])
+def test_opaque_rows_without_moments_sink_no_faster_than_dense_ones(logit, gaps):
+    """As an opacity falls from 1 its gradient grows, and Adam knows the smaller ones only."""
+    store, history = pulled_store(1), history_of(PULL, N)
+    store.column("opacities")[:] = logit
+    begin(store, history)
+    dense = Dense(elements(store.params[:1]).double(), torch.zeros(1, 4).double(), True)
+    t = FIRST
+    for gap in gaps:
+        for _ in range(gap):
+            t += 1
+            dense.step(torch.zeros(1, 4).double(), t)
+            history.advance(LRS)
+        _C.settle_range(store.kernel_rows, history.tables, 0, 1)
+        history.all_settled()
+    first, second = store.exp_avg[0, OPACITY], store.exp_avg_sq[0, OPACITY]
+    assert first / second.sqrt() < 7.3  # no gradients make it more, see AdamHistory.stride
+    fallen = logit - store.column("opacities").item()
+    assert fallen == pytest.approx(logit - float(dense.w[0, 3]), rel=0.3)
+
+
+def test_learning_rates_may_jump():
+    """Whatever a schedule does, the pull goes down, by what dense Adam goes down."""
+    store, history = pulled_store(N), history_of(PULL, N)
+    begin(store, history)
+    left = (30 * gradient_of_penalties(elements(store.params[:N]), N)).square()
+    store.exp_avg_sq[:N, PULLED], store.exp_avg_sq[:N, OPACITY] = left[:, :3], left[:, 3]
+    dense = Dense(elements(store.params[:N]).double(), left.double(), True)
+    start, lr = dense.w.clone(), dense.lr
+    for step, factor in enumerate([1.0] * 9 + [10.0] + [0.1] * 9 + [3.0] * 3, FIRST + 1):
+        dense.lr = factor * lr
+        dense.step(torch.zeros(N, 4).double(), step)
+        history.advance(factor * LRS)
+        moved = elements(gathered(store, history)).double() - start
+        assert (moved <= 0).all()
+    expected = dense.w - start
+    assert float((moved - expected).abs().mean() / expected.abs().mean()) < 0.05
+
+
+def test_however_seldom_rows_are_settled_there_are_bounds():
+    seldom, still = Pull(0.01, 0.01, horizon=10**7), dict(LR, opacities=0.0)
+    assert history_of(seldom, N).pull_reach == np.inf
+    for pull, rates in ((seldom, LR), (PULL, still)):
+        store = pulled_store(N)
+        eps = dict.fromkeys(GROUPS, 1e-15)
+        history = AdamHistory(LAYOUT, rates, eps, noise=NOISE, pull=pull, count=lambda: N)
+        _C.refresh_spheres(store.kernel_rows, history.tables, 0, N)
+        assert store.spheres[:N].isfinite().all()
+
+
 @pytest.mark.parametrize("every", [10, 50])
 def test_it_does_not_matter_much_how_often_rows_are_settled(every):
     seldom, often = (train(0.1, 30.0, 200, every=k).deferred for k in (200, every))
