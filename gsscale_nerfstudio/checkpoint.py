@@ -224,4 +224,5 @@ def _others(path: Path) -> str:
     others = [step for step in steps_in(path.parent) if path_of(path.parent, step) != path]
     if not others:
         return "there is no other whole checkpoint beside it: give that of another run"
-    return f"load another one with --load-step ({', '.join(map(str, others))})"
+    steps = ", ".join(map(str, others))
+    return f"load another one with --load-dir {path.parent} and --load-step ({steps})"

@@ -48,7 +48,7 @@ def checkpoint_to_load(config: TrainerConfig) -> Path | None:
     """The file that a run's settings name, None if they name none.
 
     Raises:
-        GSScaleError: it is missing or damaged.
+        GSScaleError: it is missing or damaged, or a step is named without a folder.
     """
     if config.load_dir is not None:
         checkpoint.require_some(config.load_dir)
@@ -57,6 +57,11 @@ def checkpoint_to_load(config: TrainerConfig) -> Path | None:
         path = checkpoint.path_of(config.load_dir, config.load_step or 0)
     elif config.load_checkpoint is not None:
         path = config.load_checkpoint
+    elif config.load_step is not None:
+        raise GSScaleError(
+            f"--load-step {config.load_step} says which checkpoint to go on from, and nothing says "
+            "where it is; add --load-dir, the folder nerfstudio_models of its run"
+        )
     else:
         return None
     checkpoint.require_whole(path)

@@ -112,7 +112,11 @@ class GSScaleTrainer(Trainer):
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         with readable_errors():
             require_device(self.device)
-            super().setup(test_mode)
+            try:
+                super().setup(test_mode)
+            except KeyboardInterrupt:
+                CONSOLE.print("gsscale: interrupted before training began")
+                sys.exit(128 + signal.SIGINT)
         self.pipeline.datamanager.before_eval_image = self._interruption.check
 
     def train(self) -> None:
@@ -124,9 +128,9 @@ class GSScaleTrainer(Trainer):
             try:
                 self._train()
             except KeyboardInterrupt:
-                self._tell_what_is_saved()
                 # Also how a viewer that was left on after training is ended.
                 completed = self.training_state == "completed"
+                self._tell_what_is_saved("training is complete" if completed else "interrupted")
                 sys.exit(0 if completed else 128 + (self._interruption.signal or signal.SIGINT))
 
     def _train(self) -> None:
@@ -160,8 +164,8 @@ class GSScaleTrainer(Trainer):
         self._interruption.end()  # Nerfstudio's viewer waits for Ctrl-C
         super()._train_complete_viewer()
 
-    def _tell_what_is_saved(self) -> None:
-        """Print what a run that was interrupted leaves."""
+    def _tell_what_is_saved(self, ended: str) -> None:
+        """Print what a run leaves, and how it has ended."""
         saved = checkpoint.newest_step(self.checkpoint_dir)
         if saved is None:
             left = (
@@ -173,7 +177,7 @@ class GSScaleTrainer(Trainer):
             left = f"to go on from step {saved:,} give --load-dir {self.checkpoint_dir}"
             if rest > 0:
                 left += f" --max-num-iterations {rest}, and the other flags as before"
-        CONSOLE.print(f"gsscale: interrupted; {left}", markup=False, soft_wrap=True)
+        CONSOLE.print(f"gsscale: {ended}; {left}", markup=False, soft_wrap=True)
 
     def setup_optimizers(self) -> Optimizers:
         optimizers = super().setup_optimizers()

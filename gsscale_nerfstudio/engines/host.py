@@ -21,31 +21,21 @@ from gsscale_nerfstudio.engines.lookahead import (
     Outlook,
     PreparedView,
     Split,
-    SplitLists,
 )
 from gsscale_nerfstudio.engines.packing import pack, unpack
 from gsscale_nerfstudio.engines.parts import Part, ViewInParts, parts_of, windows_of
 from gsscale_nerfstudio.engines.sizing import ViewSizing
-from gsscale_nerfstudio.engines.staging import Staging, Upload
+from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.engines.streams import Mark, mark_current, wait
 from gsscale_nerfstudio.engines.threads import uninterrupted
+from gsscale_nerfstudio.engines.view_staging import ViewStaging
 from gsscale_nerfstudio.engines.working_set import WorkingSet, empty_attributes, working_set
 from gsscale_nerfstudio.errors import warn
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
 from gsscale_nerfstudio.store.edit import Placement, RowEdit
-from gsscale_nerfstudio.store.host import headroom
-from gsscale_nerfstudio.store.memory import available_memory, with_spare
 
 _HOT_PART = 1 << 17
 """Hot rows that are stepped before the device reads them: it reads while the next are stepped."""
-
-
-def _can_be_locked(size: int) -> bool:
-    """Whether so many bytes of host memory can be taken.
-
-    Rows leave headroom to all else, of which staging may have half: it is what comes last.
-    """
-    return size == 0 or size <= available_memory() - headroom() // 2
 
 
 @dataclass(frozen=True)
@@ -104,22 +94,12 @@ class HostEngine(EditableEngine):
         self._set_up_staging_of_views(store, device)
 
     def _set_up_staging_of_views(self, store: HostStore, device: torch.device) -> None:
-        """Begin with buffers that take no memory yet; nobody uses the present ones any more."""
-        capacity, width = store.capacity, store.layout.width
-        self._staged = 0  # rows of the largest view so far for which there was memory
-        self._outgoing = Staging(capacity, width, device)  # hot rows, or a whole view's
-        self._cold = Upload(capacity, width, device)
-        # The worker may still be stepping rows with the last gradients when the next are written.
-        # Those before it has done with: begin() has waited for it in between. Where it has not been
-        # given any, as with views in parts, the first is used again.
-        self._gradients = [Staging(capacity, width, device) for _ in range(2)]
-        self._lists = SplitLists(capacity, device)
+        """Begin with new buffers; nobody uses the present ones any more."""
+        self._staging = ViewStaging(store.capacity, store.layout.width, device)
 
     @classmethod
     def staging_bytes(cls, layout: RowLayout, rows: int, view_rows: int) -> int:
-        rows_of_views = 4 * layout.width * 4  # outgoing, cold, gradients of two steps
-        positions = 4 * 4
-        return view_rows * with_spare(rows_of_views + positions) + summary_bytes(rows)
+        return ViewStaging.size(layout, view_rows) + summary_bytes(rows)
 
     def move_to(self, device: torch.device) -> None:
         self._forget_announced()
@@ -152,12 +132,12 @@ class HostEngine(EditableEngine):
         return PreparedView(view, ids, self._send_cold(ids, self._outlook))
 
     def _send_cold(self, ids: Tensor, outlook: Outlook) -> ColdRows:
-        split = self._lists.split(outlook.before, ids)
-        rows = self._cold.rows(len(split.cold))
+        split = self._staging.lists.split(outlook.before, ids)
+        rows = self._staging.cold.rows(len(split.cold))
         # Rows that the view before does not see have no gradient in its step: they can be settled
         # beyond it before it is done.
         self._gather(ids, rows, split.cold, outlook.tables)
-        on_device, arrived = self._cold.send(rows)
+        on_device, arrived = self._staging.cold.send(rows)
         return ColdRows(outlook, split, on_device, arrived)
 
     def _step_rest(self, pending: _PendingStep, pick: Tensor) -> None:
@@ -198,9 +178,9 @@ class HostEngine(EditableEngine):
         # something to do while hot rows are stepped.
         self._link_waits.wait(cold.arrived, self.device)
         unpack(cold.rows, layout, attributes, viewpoint, cold.split.cold)
-        self._cold.read_until(mark_current(self.device))
+        self._staging.cold.read_until(mark_current(self.device))
         self._bring_hot(prepared.ids, cold.split, attributes, viewpoint)
-        self._lists.read_until(mark_current(self.device))
+        self._staging.lists.read_until(mark_current(self.device))
         return working_set(prepared.ids, attributes, layout, viewpoint, training=True)
 
     def _count(self, n: int, missed: int, moved: int) -> None:
@@ -213,14 +193,14 @@ class HostEngine(EditableEngine):
     ) -> None:
         """Step the rows that this view shares with the last one, and let the device read them."""
         # Waits until the device has read the last view's.
-        rows = self._outgoing.rows(len(split.hot))
+        rows = self._staging.outgoing.rows(len(split.hot))
         pending = self._take_pending()
         if pending is None:  # finished in the meantime, for a render say
             self._gather(ids, rows, split.hot, self.history.tables)
             unpack(rows, self.store.layout, attributes, viewpoint, split.hot)
         else:
             # The worker reads these while the next are written to the other buffer.
-            self._gradients.reverse()
+            self._staging.keep_gradients()
             self._wait_for_gradients(pending)
             for start in range(0, len(rows), _HOT_PART):
                 part = slice(start, start + _HOT_PART)
@@ -229,7 +209,7 @@ class HostEngine(EditableEngine):
                 unpack(rows[part], self.store.layout, attributes, viewpoint, hot)
             # From here on the store and the culler are the worker's.
             self._worker.submit(self._step_rest, pending, split.only_before)
-        self._outgoing.used_until(mark_current(self.device))
+        self._staging.outgoing.used_until(mark_current(self.device))
 
     def _prepare_fetch(self, view: View) -> GatheredView:
         ids = self._cull(view, self.step_count)
@@ -251,7 +231,7 @@ class HostEngine(EditableEngine):
 
     def _gather_all(self, ids: Tensor) -> Tensor:
         """The rows, settled, where the device reads them once it has read the last ones."""
-        rows = self._outgoing.rows(len(ids))
+        rows = self._staging.outgoing.rows(len(ids))
         self._gather(ids, rows, None, self.history.tables)
         return rows
 
@@ -262,7 +242,7 @@ class HostEngine(EditableEngine):
         layout = self.store.layout
         attributes = empty_attributes(layout, len(ids), viewpoint, training)
         unpack(rows, layout, attributes, viewpoint)
-        self._outgoing.used_until(mark_current(self.device))
+        self._staging.outgoing.used_until(mark_current(self.device))
         return working_set(ids, attributes, layout, viewpoint, training)
 
     def _gather(
@@ -300,7 +280,7 @@ class HostEngine(EditableEngine):
 
     def _have_room(self, rows: int, view: View, small: bool) -> bool:
         """Whether so many rows of a view, or of a window of one, can be brought at a time."""
-        here = small or _can_be_locked(self._outgoing.to_be_locked(rows))
+        here = small or self._staging.can_send(rows)
         return here and self._sizing.fits(rows, view)
 
     def show_less(self, view: View, tries: int) -> bool:
@@ -330,14 +310,10 @@ class HostEngine(EditableEngine):
         """
         if not self._sizing.fits(rows, view):
             return False
-        if rows > self._staged:
-            size = sum(s.to_be_locked(rows) for s in (self._outgoing, *self._gradients))
-            size += self._cold.to_be_locked(rows) + self._lists.to_be_locked(rows)
-            if not _can_be_locked(size):
-                self._tell_of_parts(rows)
-                return False
-            self._staged = rows
-        return True
+        if self._staging.has_room_for(rows):
+            return True
+        self._tell_of_parts(rows)
+        return False
 
     def _tell_of_parts(self, rows: int) -> None:
         if not self._told_of_parts:
@@ -358,9 +334,9 @@ class HostEngine(EditableEngine):
 
     def _in_parts(self, view: View, ids: Tensor) -> ViewInParts:
         self._count(len(ids), len(ids), 4 * len(ids) * self.store.layout.width)
-        self._gradients[0].rows(len(ids))  # first: it needs them, and the rest is for windows
+        self._staging.gradients.rows(len(ids))  # first: it needs them, and the rest is for windows
         parts = parts_of(ids, windows_of(view, ids, self._rows_in, self._have_room))
-        return ViewInParts(ids, parts, self.store.layout, self._gradients[0])
+        return ViewInParts(ids, parts, self.store.layout, self._staging.gradients)
 
     def bring_part(
         self, whole: ViewInParts, part: Part, viewpoint: Viewpoint, training: bool
@@ -383,7 +359,7 @@ class HostEngine(EditableEngine):
         with uninterrupted():
             self._drop_announced()
             if not smaller:
-                self._cold.let_go()
+                self._staging.cold.let_go()
             self._sizing.give_back()
         if smaller:
             most = self._sizing.most
@@ -427,7 +403,7 @@ class HostEngine(EditableEngine):
             self._wait_for_worker()
             self._finish_step()
         layout = self.store.layout
-        staging = self._gradients[0]
+        staging = self._staging.gradients
         if isinstance(working, ViewInParts):
             grads = working.gradients(self.device)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ def explained(data: Any, *others: type[Exception]) -> Iterator[None]:
         others: errors that are the data's, too, as long as nothing is on the GPU.
     """
     surprises: tuple[type[Exception], ...] = (AssertionError, LookupError, OSError, TypeError)
-    surprises += (ValueError, EOFError, ArithmeticError, *others)
+    surprises += (ValueError, EOFError, ArithmeticError, struct.error, *others)
     try:
         yield
     except GSScaleError:
@@ -44,12 +46,12 @@ def _remedy(folder: Path, error: Exception) -> str:
         )
     if isinstance(error, FileNotFoundError) and "transforms.json" in str(error):
         # What nerfstudio-data begins with. Users of COLMAP forget that theirs is another format.
-        for model in ("sparse/0", "colmap/sparse/0", "sparse", "."):
-            if any((folder / model / f"cameras.{suffix}").exists() for suffix in ("bin", "txt")):
-                return (
-                    "it is COLMAP's; end the command with `colmap --colmap-path "
-                    f"{model}`, after all other flags"
-                )
+        model = _colmap_model(folder)
+        if model is not None:
+            return (
+                f"it is COLMAP's; end the command with `colmap --colmap-path {model}`, after all "
+                "other flags"
+            )
         if (folder / "transforms_train.json").exists():
             return "end the command with `blender-data`, after all other flags"
         return (
@@ -70,19 +72,42 @@ def _remedy(folder: Path, error: Exception) -> str:
             "command where you can, or end it with --downscale-factor 1 (after `colmap`)"
         )
     if "Colmap path" in str(error):
+        model = _colmap_model(folder)
+        there = "there is none in the usual places" if model is None else f"it is {model}"
         return (
             "give --colmap-path, after `colmap`, the folder of cameras.bin or cameras.txt, seen "
-            "from that of --data; mostly it is sparse/0"
+            f"from that of --data: {there}"
         )
-    if isinstance(error, ZeroDivisionError):
+    if isinstance(error, struct.error):
+        return "a file of the COLMAP model ends too early, as an incomplete copy does; copy it anew"
+    if "mat1 and mat2" in str(error):
+        return (
+            "the COLMAP model's points3D has no points; let COLMAP triangulate them, or end the "
+            "command with --load-3D-points False, for Gaussians at random places"
+        )
+    if isinstance(error, FileNotFoundError) and _has_a_space(error.filename):
+        return "names of images must not have spaces in a COLMAP model; rename them in both"
+    if "No data found" in str(error):
+        return (
+            "no image is left to train with, because so few are all held out; end the command with "
+            "--eval-mode all, or name the images with --pipeline.datamanager.train-list and "
+            "eval-list"
+        )
+    if str(error) == "float division by zero":
         return (
             "all cameras are at one place, so that poses cannot be scaled; end the command with "
             "`nerfstudio-data --auto-scale-poses False`, after all other flags"
         )
     if NO_LIST in str(error):
+        colmap = any(folder.glob("*_list.txt"))
+        lists = (
+            f"{folder.name} all of train_list.txt, val_list.txt and test_list.txt"
+            if colmap
+            else "transforms.json all of train_filenames, val_filenames and test_filenames"
+        )
         return (
-            "give transforms.json all of train_filenames, val_filenames and test_filenames, or "
-            "none, or name the images with --pipeline.datamanager.train-list and eval-list"
+            f"give {lists}, or none, or name the images with --pipeline.datamanager.train-list and "
+            "eval-list"
         )
     return (
         "check that it has at least one image with a pose, that its images are there, whole, and "
@@ -90,6 +115,22 @@ def _remedy(folder: Path, error: Exception) -> str:
         "(nerfstudio-data, colmap, blender-data, ...), and that Nerfstudio knows its camera model "
         "(for others, `colmap image_undistorter` makes pinholes)"
     )
+
+
+def _colmap_model(folder: Path) -> str | None:
+    """Where COLMAP's model is in a folder of data, if it is in one of the usual places."""
+    for model in ("sparse/0", "colmap/sparse/0", "sparse", "."):
+        if any((folder / model / f"cameras.{suffix}").exists() for suffix in ("bin", "txt")):
+            return model
+    return None
+
+
+def _has_a_space(name: Any) -> bool:
+    """Whether a file that is not there would be, were its name read on after a space."""
+    if not isinstance(name, (str, Path)):
+        return False
+    file = Path(name)
+    return any(file.parent.glob(glob.escape(file.name) + " *"))
 
 
 def check_cameras(dataset: InputDataset) -> None:
@@ -101,9 +142,17 @@ def check_cameras(dataset: InputDataset) -> None:
     cameras = dataset.cameras
     if len(cameras) == 0:
         return  # no held-out images; the training images were checked by Nerfstudio
+    placed = cameras.camera_to_worlds.isfinite().flatten(1).all(dim=1)
+    if not placed.any():
+        raise GSScaleError(
+            "no camera has a pose that is finite. A single one in the data set's transforms.json "
+            "or COLMAP model that is not is enough, because poses are centred and scaled by all of "
+            "them: mend or remove it. (With --orientation-method none --center-method none "
+            "--auto-scale-poses False, after the name of the data's format, its name is told.)"
+        )
     checks = {
         "has no pixels": ((cameras.width < 1) | (cameras.height < 1)).flatten(),
-        "has a pose that is not finite": ~cameras.camera_to_worlds.isfinite().flatten(1).all(dim=1),
+        "has a pose that is not finite": ~placed,
         "has a focal length that is not positive and finite": ~(
             (cameras.fx > 0) & (cameras.fy > 0) & cameras.fx.isfinite() & cameras.fy.isfinite()
         ).flatten(),
@@ -113,6 +162,5 @@ def check_cameras(dataset: InputDataset) -> None:
             first = dataset.image_filenames[int(wrong.nonzero()[0, 0])]
             raise GSScaleError(
                 f"the camera of {first} {what} ({int(wrong.sum())} of {len(wrong)} cameras); mend "
-                "or remove it in the data set's transforms.json or COLMAP model. One bad pose "
-                "spoils all if poses are centred (--orientation-method, --center-method)"
+                "or remove it in the data set's transforms.json or COLMAP model"
             )

@@ -234,6 +234,51 @@ def test_what_nerfstudio_does_not_know_ends_with_a_sentence(model, tmp_path, cap
     assert "colmap image_undistorter" in " ".join(capsys.readouterr().out.split())
 
 
+def ends_early(scene: Path, parser: ColmapDataParserConfig) -> None:
+    for name in ("cameras", "images", "points3D"):
+        (scene / "colmap/sparse/0" / f"{name}.txt").unlink()
+        (scene / "colmap/sparse/0" / f"{name}.bin").write_bytes(b"12345")
+
+
+def without_points(scene: Path, parser: ColmapDataParserConfig) -> None:
+    (scene / "colmap/sparse/0/points3D.txt").write_text("# none\n")
+
+
+def with_a_space(scene: Path, parser: ColmapDataParserConfig) -> None:
+    first = sorted((scene / "images").iterdir())[0]
+    file = scene / "colmap/sparse/0/images.txt"
+    file.write_text(file.read_text().replace(first.name, f"DJI {first.name}"))
+    first.rename(first.with_name(f"DJI {first.name}"))
+
+
+def with_one_list(scene: Path, parser: ColmapDataParserConfig) -> None:
+    names = sorted(file.name for file in (scene / "images").iterdir())
+    (scene / "train_list.txt").write_text("\n".join(names))
+
+
+def all_held_out(scene: Path, parser: ColmapDataParserConfig) -> None:
+    parser.eval_mode, parser.eval_interval = "interval", 1
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (ends_early, "ends too early"),
+        (without_points, "--load-3D-points False"),
+        (with_a_space, "must not have spaces"),
+        (with_one_list, "val_list.txt"),
+        (all_held_out, "--eval-mode all"),
+    ],
+)
+def test_colmap_models_with_which_nobody_can_train(spoil, words, tmp_path, capsys) -> None:
+    scene = write_colmap(seen_through(STRAIGHT), tmp_path / "scene", "PINHOLE", PINHOLE)
+    parser = ColmapDataParserConfig(data=scene, downscale_factor=1, **SPLIT)
+    spoil(scene, parser)
+    with pytest.raises(SystemExit):
+        trained(parser, tmp_path)
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 # -- lists of images -----------------------------------------------------------------------------
 
 LISTS = {"train": [5, 0, 3], "val": [4], "test": [1, 2]}
@@ -275,7 +320,8 @@ def test_lists_for_training_and_testing_only_are_not_enough(write, add, tmp_path
     with pytest.raises(SystemExit):
         trained(parser, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert "split val is missing" in said and "val_filenames" in said
+    assert "split val is missing" in said
+    assert ("val_filenames" if write is nerfstudio else "val_list.txt") in said
 
 
 # -- smaller images ------------------------------------------------------------------------------

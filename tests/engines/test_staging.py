@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gsscale_nerfstudio.cull import View
-from gsscale_nerfstudio.engines import ResidentEngine, ViewInParts, host, parts
+from gsscale_nerfstudio.engines import ResidentEngine, ViewInParts, parts, view_staging
 from gsscale_nerfstudio.engines.sizing import ViewSizing
 from gsscale_nerfstudio.engines.staging import Staging
 from gsscale_nerfstudio.errors import GSScaleError
@@ -41,9 +41,9 @@ class Locked:
         )
         monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
         monkeypatch.setattr(memory, "_PIN_CHUNKS", (1 << 8, 1 << 20))
-        for module in (memory, host):
+        for module in (memory, view_staging):
             monkeypatch.setattr(module, "available_memory", lambda: self.size - self.taken)
-        monkeypatch.setattr(host, "headroom", lambda: 1000)
+        monkeypatch.setattr(view_staging, "headroom", lambda: 1000)
         made = Staging.__init__
 
         def locking(staging: Staging, *args: object) -> None:
@@ -177,9 +177,9 @@ def test_a_cache_that_comes_back_gives_back_the_host_engines_staging(locked, mon
                 sum(
                     array.pinned_rows
                     for array in (
-                        engine._outgoing._array,
-                        engine._cold._staging._array,
-                        *(staging._array for staging in engine._gradients),
+                        engine._staging.outgoing._array,
+                        engine._staging.cold._staging._array,
+                        *(staging._array for staging in engine._staging._gradients),
                     )
                 )
             )

@@ -17,7 +17,7 @@ from gsscale_nerfstudio import checkpoint
 from gsscale_nerfstudio.optim import DeferredAdamConfig
 from gsscale_nerfstudio.seeding import seed_rows
 from gsscale_nerfstudio.store import GROUPS, HostStore, RowLayout
-from gsscale_nerfstudio.trainer import GSScaleTrainer
+from gsscale_nerfstudio.trainer import GSScaleTrainer, GSScaleTrainerConfig
 from tests.runs import edit_json, make_config, tiny_scene, train
 
 INTRINSICS = ("w", "h", "fl_x", "fl_y", "cx", "cy")
@@ -114,7 +114,10 @@ def test_another_format_than_the_one_named(file, words, tmp_path, capsys):
 def test_colmap_model_elsewhere(scene, tmp_path, capsys):
     config = make_config(scene, tmp_path)
     config.pipeline.datamanager.dataparser = ColmapDataParserConfig(data=scene)
-    ends_with_a_sentence(config, capsys, "--colmap-path", "sparse/0")
+    ends_with_a_sentence(config, capsys, "--colmap-path", "none in the usual places")
+    (scene / "sparse").mkdir()
+    (scene / "sparse" / "cameras.txt").touch()
+    ends_with_a_sentence(config, capsys, "--colmap-path", ": it is sparse")
 
 
 def test_a_question_that_nobody_can_answer(scene, tmp_path, capsys, monkeypatch):
@@ -166,7 +169,13 @@ def test_camera_without_pixels(scene, tmp_path, capsys):
 
 def test_pose_that_is_not_finite(scene, tmp_path, capsys):
     edit_json(scene, lambda c: c["frames"][1]["transform_matrix"][0].__setitem__(3, float("nan")))
-    ends_with_a_sentence(make_config(scene, tmp_path), capsys, "pose that is not finite")
+    config = make_config(scene, tmp_path)
+    ends_with_a_sentence(config, capsys, "a pose that is finite", "--auto-scale-poses False")
+    config = make_config(scene, tmp_path)
+    parser = config.pipeline.datamanager.dataparser
+    parser.orientation_method = parser.center_method = "none"
+    parser.auto_scale_poses = False
+    ends_with_a_sentence(config, capsys, "pose that is not finite (1 of", "frame_")
 
 
 def test_images_of_mixed_sizes_work(scene, tmp_path):
@@ -284,7 +293,26 @@ def test_ctrl_c_ends_the_viewer_of_a_finished_training(scene, tmp_path, capsys, 
     with pytest.raises(SystemExit) as stopped:
         train(make_config(scene, tmp_path))
     assert stopped.value.code == 0
-    assert "to go on from step 2" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "training is complete; to go on from step 2" in said and "interrupted" not in said
+
+
+def test_ctrl_c_while_data_are_loaded(scene, tmp_path, capsys, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GSScaleTrainerConfig, "get_checkpoint_dir", lambda self: tmp_path)
+    monkeypatch.setattr("gsscale_nerfstudio.pipeline.GSScalePipeline.__init__", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(make_config(scene, tmp_path))
+    assert stopped.value.code == 130
+    assert "interrupted before training began" in capsys.readouterr().out
+
+
+def test_a_step_without_a_folder(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.load_step = 75
+    ends_with_a_sentence(config, capsys, "--load-step 75", "add --load-dir")
 
 
 def test_what_is_left_to_train_is_named(scene, tmp_path, capsys, monkeypatch):

@@ -149,11 +149,9 @@ def test_commands_do_not_read_moments(scene, tmp_path, monkeypatch):
     config = make_config(scene, tmp_path, steps=4)
     config.steps_per_save = 2
     config.save_only_latest_checkpoint = False
-    config.load_step = 1  # as in the settings of a run that was resumed from another one's
-    config.load_checkpoint = None
     trainer = train(config)
     assert checkpoint.steps_in(trainer.checkpoint_dir) == [2, 3]
-    config.load_step = 1
+    config.load_step = 1  # as in the settings of a run that was resumed from another one's
     file = tmp_path / "config.yml"
     file.write_text(yaml.dump(config))
     loaded = []
