@@ -59,7 +59,12 @@ class Demo:
         width, height = self.image_size or (size.width, size.height)
         points = size.points if self.points is None else self.points
         say(f"Making {self.images} images of {width} x {height} of a village in {plan.scene}")
-        write_scene(plan.scene, self.images, width, height, points, seed=self.seed)
+        try:
+            write_scene(plan.scene, self.images, width, height, points, seed=self.seed)
+        except OSError as error:
+            raise GSScaleError(
+                f"could not write the scene: {error}; choose another --output-dir."
+            ) from error
         logs = plan.folder / "logs"
         train_seconds = run(
             plan.train(), plan.environment, logs / "train.log", _Progress(plan.steps)

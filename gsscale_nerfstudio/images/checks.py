@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import struct
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,9 @@ def _remedy(folder: Path, error: Exception) -> str:
             "--eval-mode all, or name the images with --pipeline.datamanager.train-list and "
             "eval-list"
         )
-    if str(error) == "float division by zero":
+    if isinstance(error, ZeroDivisionError) and "downscale" in _line_of(error):
+        return "--downscale-factor must be 1 or more"
+    if isinstance(error, ZeroDivisionError):
         return (
             "all cameras are at one place, so that poses cannot be scaled; end the command with "
             "`nerfstudio-data --auto-scale-poses False`, after all other flags"
@@ -123,6 +126,11 @@ def _colmap_model(folder: Path) -> str | None:
         if any((folder / model / f"cameras.{suffix}").exists() for suffix in ("bin", "txt")):
             return model
     return None
+
+
+def _line_of(error: Exception) -> str:
+    """The line of code that raised it."""
+    return traceback.extract_tb(error.__traceback__)[-1].line or ""
 
 
 def _has_a_space(name: Any) -> bool:

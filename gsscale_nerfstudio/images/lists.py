@@ -95,7 +95,12 @@ class NameList:
         try:
             # Some editors begin a file with a mark of its encoding.
             lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise GSScaleError(
+                f"the list of images {path} cannot be read ({error}); save it as UTF-8 (PowerShell "
+                "writes another encoding by >)"
+            ) from error
+        except OSError as error:
             raise GSScaleError(
                 f"the list of images {path} cannot be read ({error}); give the path of a text file "
                 "to --pipeline.datamanager.train-list and eval-list, seen from the current folder. "

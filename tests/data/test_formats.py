@@ -260,9 +260,14 @@ def all_held_out(scene: Path, parser: ColmapDataParserConfig) -> None:
     parser.eval_mode, parser.eval_interval = "interval", 1
 
 
+def shrunk_by_nothing(scene: Path, parser: ColmapDataParserConfig) -> None:
+    parser.downscale_factor = 0
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
+        (shrunk_by_nothing, "--downscale-factor must be 1 or more"),
         (ends_early, "ends too early"),
         (without_points, "--load-3D-points False"),
         (with_a_space, "must not have spaces"),

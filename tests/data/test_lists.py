@@ -400,7 +400,7 @@ def test_a_name_that_several_images_have_ends_in_a_sentence(tmp_path, capsys):
 def test_a_list_that_cannot_be_read_ends_in_a_sentence(tmp_path, capsys):
     config = listed(nerfstudio, tmp_path, held_out=NAMES[:1])
     (tmp_path / "eval.txt").write_bytes(b"\xff\xfe0\x000\x00")
-    ends_with_a_sentence(config, capsys, "eval.txt cannot be read", "utf-8")
+    ends_with_a_sentence(config, capsys, "eval.txt cannot be read", "save it as UTF-8")
 
 
 # -- Nerfstudio's commands -----------------------------------------------------------------------

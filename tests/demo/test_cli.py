@@ -148,6 +148,14 @@ def test_settings_that_cannot_work_are_refused(
     assert not (tmp_path / "demo").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named(scripts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        demo(monkeypatch, "--output-dir", str(tmp_path / "file" / "demo"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "could not write the scene" in said and "choose another --output-dir" in said
+
+
 def test_cuda_without_a_gpu_is_refused(scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
