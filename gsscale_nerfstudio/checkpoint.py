@@ -123,6 +123,11 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", mmap=True)
+    except FileNotFoundError as error:
+        raise GSScaleError(
+            f"the checkpoint {path} is not there any more: its run goes on, and has replaced it by "
+            "a newer one; call the command again"
+        ) from error
     except Exception as error:  # whatever torch and pickle make of damaged bytes
         raise GSScaleError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); "

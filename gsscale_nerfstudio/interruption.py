@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+_SAME = 1.0
+"""Seconds within which signals are one: an impatient user's, or a script's that forwards them."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -16,7 +20,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Notes the first signal, for training to ask :meth:`check`. A second one ends it at once.
+    """Notes the first signal, for training to ask :meth:`check`. A later one ends it at once.
 
     A context: outside of it, and in other threads than the main one, signals do what they did.
 
@@ -27,6 +31,7 @@ class Interruption:
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
         self._handlers: dict[int, Any] = {}
+        self._first_at = 0.0
         self.signal: int | None = None
         """The number of the signal that came, if any."""
 
@@ -62,9 +67,11 @@ class Interruption:
             signal.signal(*self._handlers.popitem())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.signal = self.signal is not None, number
-        if again:
+        if self.signal is not None:
+            if time.monotonic() < self._first_at + _SAME:
+                return
             raise KeyboardInterrupt
+        self.signal, self._first_at = number, time.monotonic()
         # Not by print: the signal may have come in the middle of one.
         with suppress(OSError):  # it may have ended who reads it, too, as tee
             os.write(2, b"\ngsscale: ending after this step (at once, if you ask again)\n")

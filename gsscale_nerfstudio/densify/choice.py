@@ -98,6 +98,12 @@ def _refuse(config: GSScaleModelConfig) -> None:
         raise GSScaleError(
             f"--pipeline.model.max-gs-num must be at least 1, not {config.max_gs_num}"
         )
+    threshold = config.cull_alpha_thresh
+    if threshold is not None and not 0 <= threshold < 1:
+        raise GSScaleError(
+            f"--pipeline.model.cull-alpha-thresh is an opacity: 0 or more and below 1, not "
+            f"{threshold}"
+        )
     for name in ("noise_lr", "mcmc_opacity_reg", "mcmc_scale_reg"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise GSScaleError(

@@ -59,6 +59,11 @@ class RowStrategy(DefaultStrategy):
         engine.apply(with_removed(edits, changes.removed, engine.store.layout.width))
         del changes, edits
         self._tell(step, f"{grown - len(engine.store)} GSs pruned.", len(engine.store))
+        if len(engine.store) == 0 and grown > 0:
+            warn(
+                f"no Gaussian is left after step {step}: all were too transparent or too large; "
+                "lower --pipeline.model.cull-alpha-thresh, or raise cull-scale-thresh"
+            )
         if engine.store.unsorted_share > SORT_FROM:
             engine.sort()
 

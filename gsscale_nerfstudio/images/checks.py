@@ -167,8 +167,10 @@ def check_cameras(dataset: InputDataset) -> None:
     }
     for what, wrong in checks.items():
         if wrong.any():
+            # Which makes images smaller, and may have made them nothing.
+            also = ", or raise --pipeline.datamanager.camera-res-scale-factor" * ("pixels" in what)
             first = dataset.image_filenames[int(wrong.nonzero()[0, 0])]
             raise GSScaleError(
                 f"the camera of {first} {what} ({int(wrong.sum())} of {len(wrong)} cameras); mend "
-                "or remove it in the data set's transforms.json or COLMAP model"
+                f"or remove it in the data set's transforms.json or COLMAP model{also}"
             )

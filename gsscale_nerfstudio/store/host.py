@@ -267,7 +267,7 @@ class HostStore:
         """
         if not 0 <= n <= self.capacity:
             raise GSScaleError(
-                f"{n:,} Gaussians exceed the store's capacity of {self.capacity:,}; raise "
+                f"{n:,} Gaussians are more than there is room for, {self.capacity:,}; raise "
                 "--pipeline.model.max-gaussians"
             )
         if n > self._held:

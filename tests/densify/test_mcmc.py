@@ -434,6 +434,7 @@ def test_views_in_parts_are_pulled_at_as_whole_ones(scene, tmp_path):
         ({"max_gs_num": 0}, ["max-gs-num must be at least 1"]),
         ({"noise_lr": -1.0}, ["noise-lr must be 0 or more"]),
         ({"mcmc_scale_reg": float("nan")}, ["mcmc-scale-reg must be 0 or more"]),
+        ({"cull_alpha_thresh": 1.5}, ["cull-alpha-thresh", "below 1"]),
         ({"strategy": "default", "noise_lr": 1.0}, ["strategy default", "noise-lr"]),
     ],
 )

@@ -263,6 +263,15 @@ def test_a_full_store_keeps_the_most_needed_growth(capsys):
     assert "store is full" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_scene_that_dies_is_told_of(capsys):
+    store = random_store(400)
+    strategy = RowStrategy(**SETTINGS)
+    strategy.prune_opa = 1.0
+    strategy._densify(engine_of(store), 5000)
+    assert len(store) == 0
+    assert "no Gaussian is left after step 5000" in " ".join(capsys.readouterr().out.split())
+
+
 def test_growth_stops_when_host_memory_is_low_and_resumes(monkeypatch, capsys):
     store, strategy = random_store(), RowStrategy(**SETTINGS)
     strategy.prune_opa = strategy.prune_scale3d = 0.0  # nothing goes

@@ -167,6 +167,12 @@ def test_camera_without_pixels(scene, tmp_path, capsys):
     ends_with_a_sentence(make_config(scene, tmp_path), capsys, "has no pixels", "frame_")
 
 
+def test_images_that_are_scaled_to_nothing(scene, tmp_path, capsys):
+    config = make_config(scene, tmp_path)
+    config.pipeline.datamanager.camera_res_scale_factor = 0.001
+    ends_with_a_sentence(config, capsys, "has no pixels", "raise --pipeline.datamanager.camera-res")
+
+
 def test_pose_that_is_not_finite(scene, tmp_path, capsys):
     edit_json(scene, lambda c: c["frames"][1]["transform_matrix"][0].__setitem__(3, float("nan")))
     config = make_config(scene, tmp_path)
@@ -215,7 +221,9 @@ def test_too_little_host_memory(scene, tmp_path, capsys):
 
 def test_capacity_below_the_point_cloud(scene, tmp_path, capsys):
     config = make_config(scene, tmp_path, max_gaussians=10)
-    ends_with_a_sentence(config, capsys, "capacity of 10", "raise --pipeline.model.max-gaussians")
+    ends_with_a_sentence(
+        config, capsys, "there is room for, 10;", "raise --pipeline.model.max-gaussians"
+    )
 
 
 def points_of(n: int, broken: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -144,6 +144,11 @@ def test_what_torch_cannot_read_ends_with_a_sentence(whole, tmp_path):
         checkpoint.load(path)
 
 
+def test_a_checkpoint_that_was_replaced_meanwhile(tmp_path):
+    with pytest.raises(GSScaleError, match="has replaced it by a newer one"):
+        checkpoint.load(tmp_path / "step-000000001.ckpt")
+
+
 def test_commands_do_not_read_moments(scene, tmp_path, monkeypatch):
     """They map the file, and nobody touches the moments there."""
     config = make_config(scene, tmp_path, steps=4)

@@ -333,6 +333,7 @@ def test_a_signal_ends_training_after_the_step(scene, tmp_path, monkeypatch, cap
 
 
 def test_a_second_signal_ends_training_at_once(scene, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gsscale_nerfstudio.interruption._SAME", 0.0)
     stopped = set_up(config_of(scene, tmp_path))
 
     def twice() -> None:
@@ -399,6 +400,17 @@ def test_a_signal_ends_an_evaluation_between_images(scene, tmp_path, monkeypatch
     assert len(stopped.pipeline.datamanager.eval_dataset) > 1
     assert interrupted(stopped) == 130
     assert images == [FAILS] and saved(stopped)["step"] == FAILS
+
+
+def test_signals_in_quick_succession_are_one(scene, tmp_path, monkeypatch):
+    stopped = set_up(config_of(scene, tmp_path))
+
+    def interrupt() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(stopped, FAILS, interrupt, monkeypatch)
+    assert interrupted(stopped) == 130 and saved(stopped)["step"] == FAILS
 
 
 def test_a_signal_whose_terminal_is_gone(scene, tmp_path, monkeypatch):

@@ -216,7 +216,7 @@ def test_too_much_is_refused_with_the_number_that_fits():
     with pytest.raises(GSScaleError, match="lower --pipeline"):
         HostStore(RowLayout(3), max_rows=10**11)
     store = HostStore(LAYOUT, max_rows=5)
-    with pytest.raises(GSScaleError, match="capacity of 5"):
+    with pytest.raises(GSScaleError, match="room for, 5"):
         store.resize(6)
 
 
