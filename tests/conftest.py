@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -41,6 +42,11 @@ if not torch.cuda.is_available():
     stub._C = None  # type: ignore[attr-defined]
     sys.modules["gsplat.cuda._backend"] = stub
 
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell lets what it runs in the background not hear Ctrl-C, which tests press: they, and what
+    # they start, would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # torch's threads and our kernels' are two pools; on two cores they would wait for each other.
 torch.set_num_threads(1)

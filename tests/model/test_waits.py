@@ -37,9 +37,7 @@ def test_a_step_waits_within_no_call_of_torch(tmp_path, monkeypatch, engine):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
                 waits.extend(
-                    f"step {step}: {w.filename}:{w.lineno}"
-                    for w in said
-                    if WAIT in str(w.message)
+                    f"step {step}: {w.filename}:{w.lineno}" for w in said if WAIT in str(w.message)
                 )
 
     monkeypatch.setattr(GSScaleTrainer, "train_iteration", train_iteration)
