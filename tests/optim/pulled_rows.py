@@ -41,10 +41,6 @@ def gradient_of_penalties(elements: Tensor, n: int) -> Tensor:
     return torch.cat([scales, PULL.opacity * o * (1 - o) / n], 1)
 
 
-def per_column(lrs: np.ndarray) -> np.ndarray:
-    return np.append(lrs, 0.0)[LAYOUT.group_of_column].astype(np.float32)
-
-
 def gathered(store: HostStore, history: AdamHistory) -> Tensor:
     rows = torch.empty(len(store), LAYOUT.width)
     ids = np.arange(len(store), dtype=np.int32)

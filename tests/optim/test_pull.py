@@ -15,7 +15,7 @@ from gsscale_nerfstudio.optim import AdamHistory, MeanNoise, Pull
 from gsscale_nerfstudio.store import GROUPS, HostStore
 from tests.isa import run_with_isa
 from tests.optim import pulled_rows
-from tests.optim.noisy_rows import NOISE
+from tests.optim.noisy_rows import NOISE, per_column
 from tests.optim.pulled_rows import (
     LAYOUT,
     LR,
@@ -25,7 +25,6 @@ from tests.optim.pulled_rows import (
     gathered,
     gradient_of_penalties,
     history_of,
-    per_column,
     pulled_store,
 )
 
